@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What a disk is to the rest of tranship: random access to a fixed number of bytes.
+//!
+//! Every image format, every network source and every test double implements
+//! [`BlockDevice`]; everything that moves or shows disk contents (copy engine, NBD
+//! server, appliance, shell) is written against it and so gets every format at once.
+//! Files that an image wants to open by name go through a [`Gate`].
+#![forbid(unsafe_code)]
+#![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+
+mod device;
+mod error;
+mod extent;
+mod fields;
+mod gate;
+mod memory;
+mod slice;
+mod zero;
+
+pub use device::{BlockDevice, Storage, Zeroing};
+pub use error::{Error, ErrorKind, Result};
+pub use extent::{Extent, ExtentKind, Extents, Span};
+pub use fields::{BigEndian, LittleEndian};
+pub use gate::{DenyAll, Gate, Request};
+pub use memory::MemoryDevice;
+pub use slice::Slice;
+pub use zero::is_zero;

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What is in this guest: operating system, kernels, mounts, bootloader.
+#![forbid(unsafe_code)]
+
+mod error;
+mod tree;
+
+pub use error::{Error, ErrorKind, Result};
+pub use tree::{DirEntry, FileKind, Finished, GuestEdit, GuestTree, Ownership, Space, Stat};
