@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Positioned I/O on the file: reads, writes, holes.
+
+use crate::file::{Access, RawFile};
+use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::Errno;
+use std::io::{IoSlice, IoSliceMut};
+use std::sync::atomic::Ordering;
+use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Storage, Zeroing};
+
+/// Zeroes for file systems that can neither punch holes nor zero ranges.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// Most buffers that one system call takes (`IOV_MAX`).
+const MOST_BUFFERS: usize = 1024;
+
+impl RawFile {
+    fn failed(&self, what: &str, errno: Errno, offset: u64) -> Error {
+        Error::io(format!("cannot {what}"), errno.into()).at(offset).in_file(&self.path)
+    }
+
+    /// Somebody else shortened the file: what is missing must not turn into zeroes.
+    fn ended(&self, offset: u64) -> Error {
+        Error::new(
+            tranship_block::ErrorKind::Io,
+            format!("file ends before its size of {} bytes: it was cut while in use", self.len()),
+        )
+        .at(offset)
+        .in_file(&self.path)
+    }
+
+    fn check(&self, span: Span) -> Result<()> {
+        span.check_within(self.len()).map_err(|error| error.in_file(&self.path))
+    }
+
+    fn check_write(&self, span: Span) -> Result<()> {
+        if self.access == Access::ReadOnly {
+            return Err(Error::usage("device is read-only").at(span.start).in_file(&self.path));
+        }
+        self.check(span)
+    }
+
+    fn write_all(&self, mut buf: &[u8], mut offset: u64) -> Result<()> {
+        while !buf.is_empty() {
+            match rustix::io::pwrite(&self.file, buf, offset) {
+                // No file system that we know does it; an endless loop would be worse.
+                Ok(0) => return Err(self.failed("write", Errno::IO, offset)),
+                Ok(count) => {
+                    buf = buf.get(count..).unwrap_or_default();
+                    offset = offset.saturating_add(length(count));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed("write", errno, offset)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `fallocate`; `false` if this file or range cannot do it and zeroes must be
+    /// made in another way.
+    fn allocate(&self, mode: FallocateFlags, span: Span) -> Result<bool> {
+        loop {
+            return match rustix::fs::fallocate(&self.file, mode, span.start, span.len) {
+                Ok(()) => Ok(true),
+                Err(Errno::INTR) => continue,
+                // EINVAL is a block device asked for a range that is not whole sectors.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
+                Err(errno) => Err(self.failed("zero", errno, span.start)),
+            };
+        }
+    }
+
+    fn write_zero_bytes(&self, span: Span) -> Result<()> {
+        let mut offset = span.start;
+        while offset < span.end() {
+            let left = usize::try_from(span.end().saturating_sub(offset)).unwrap_or(usize::MAX);
+            let zeroes = ZEROES.get(..left).unwrap_or(&ZEROES);
+            self.write_all(zeroes, offset)?;
+            offset = offset.saturating_add(length(zeroes.len()));
+        }
+        Ok(())
+    }
+}
+
+fn length(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}
+
+fn punch() -> FallocateFlags {
+    FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
+}
+
+impl BlockDevice for RawFile {
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.access == Access::ReadOnly
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+        self.check(Span::new(offset, length(buf.len())))?;
+        while !buf.is_empty() {
+            match rustix::io::pread(&self.file, &mut *buf, offset) {
+                Ok(0) => return Err(self.ended(offset)),
+                Ok(count) => {
+                    buf = buf.get_mut(count..).unwrap_or_default();
+                    offset = offset.saturating_add(length(count));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed("read", errno, offset)),
+            }
+        }
+        Ok(())
+    }
+
+    fn read_vectored_at(&self, mut bufs: &mut [IoSliceMut<'_>], mut offset: u64) -> Result<()> {
+        let total = bufs.iter().fold(0_u64, |sum, buf| sum.saturating_add(length(buf.len())));
+        self.check(Span::new(offset, total))?;
+        IoSliceMut::advance_slices(&mut bufs, 0);
+        while !bufs.is_empty() {
+            let most = bufs.len().min(MOST_BUFFERS);
+            let now = bufs.get_mut(..most).unwrap_or_default();
+            match rustix::io::preadv(&self.file, now, offset) {
+                Ok(0) => return Err(self.ended(offset)),
+                Ok(count) => {
+                    IoSliceMut::advance_slices(&mut bufs, count);
+                    offset = offset.saturating_add(length(count));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed("read", errno, offset)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        self.check_write(Span::new(offset, length(buf.len())))?;
+        self.write_all(buf, offset)
+    }
+
+    fn write_vectored_at(&self, bufs: &[IoSlice<'_>], mut offset: u64) -> Result<()> {
+        let total = bufs.iter().fold(0_u64, |sum, buf| sum.saturating_add(length(buf.len())));
+        self.check_write(Span::new(offset, total))?;
+        for group in bufs.chunks(MOST_BUFFERS) {
+            let mut own = group.to_vec();
+            let mut left: &mut [IoSlice<'_>] = &mut own;
+            IoSlice::advance_slices(&mut left, 0);
+            while !left.is_empty() {
+                match rustix::io::pwritev(&self.file, left, offset) {
+                    Ok(0) => return Err(self.failed("write", Errno::IO, offset)),
+                    Ok(count) => {
+                        IoSlice::advance_slices(&mut left, count);
+                        offset = offset.saturating_add(length(count));
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(self.failed("write", errno, offset)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// On a block device both modes are one request to the kernel to zero sectors.
+    fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
+        self.check_write(span)?;
+        if span.is_empty() {
+            return Ok(());
+        }
+        let reserve = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        let (first, second) = match mode {
+            Zeroing::MayUnmap => (punch(), reserve),
+            Zeroing::KeepAllocated => (reserve, punch()),
+        };
+        if self.allocate(first, span)? || self.allocate(second, span)? {
+            return Ok(());
+        }
+        self.write_zero_bytes(span)
+    }
+
+    fn discard(&self, span: Span) -> Result<()> {
+        self.check_write(span)?;
+        if !span.is_empty() {
+            self.allocate(punch(), span)?;
+        }
+        Ok(())
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        self.check(Span::new(offset, 1))?;
+        let left = self.len().saturating_sub(offset);
+        let until = |end: u64| end.saturating_sub(offset).clamp(1, left);
+        let data = |len| Extent::new(ExtentKind::Data, len).mapped_to(offset);
+        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) if start > offset => Ok(Extent::new(ExtentKind::Hole, until(start))),
+            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+                Ok(end) => Ok(data(until(end))),
+                Err(_) => Ok(data(left)),
+            },
+            Err(Errno::NXIO) => Ok(Extent::new(ExtentKind::Hole, left)),
+            // A block device, or a file system that keeps no map: all of it is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => Ok(data(left)),
+            Err(errno) => Err(self.failed("look for data", errno, offset)),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.access == Access::ReadOnly {
+            return Ok(());
+        }
+        loop {
+            match rustix::fs::fdatasync(&self.file) {
+                Ok(()) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    return Err(Error::io("cannot flush", errno.into()).in_file(&self.path));
+                }
+            }
+        }
+    }
+}
+
+impl Storage for RawFile {
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.check_write(Span::new(0, 0))?;
+        if self.is_block_device {
+            let size = self.len();
+            return if len <= size {
+                Ok(())
+            } else {
+                Err(Error::new(
+                    tranship_block::ErrorKind::NoSpace,
+                    format!("block device has {size} bytes, {len} are needed"),
+                )
+                .in_file(&self.path))
+            };
+        }
+        rustix::fs::ftruncate(&self.file, len).map_err(|errno| {
+            Error::io(format!("cannot set the length to {len} bytes"), errno.into())
+                .in_file(&self.path)
+        })?;
+        self.size.store(len, Ordering::Release);
+        Ok(())
+    }
+}
