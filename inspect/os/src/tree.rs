@@ -34,6 +34,8 @@ pub struct Stat {
     pub device: u64,
     /// Number of its inode on that device.
     pub inode: u64,
+    /// When its contents last changed, in seconds since 1970.
+    pub modified: i64,
 }
 
 /// One name in a directory.
