@@ -1,2 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The network block device protocol: server.
+//! The network block device protocol: a server for any [`tranship_block::BlockDevice`].
+//!
+//! It speaks the fixed newstyle handshake with every option of the baseline, structured
+//! replies and `base:allocation`, on a private Unix socket. The protocol is the one of
+//! the NBD project's `doc/proto.md`; comments cite its names.
+//!
+//! The two phases of a connection are written against [`std::io::Read`] and
+//! [`std::io::Write`], never against a socket, and all decisions on what a client sends
+//! are in functions without I/O.
+#![forbid(unsafe_code)]
+#![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+
+mod export;
+mod handshake;
+mod limits;
+mod option;
+mod reply;
+mod request;
+mod server;
+mod socket;
+mod transmission;
+mod wire;
+
+pub use export::{Export, Statistics};
+pub use limits::Limits;
+pub use server::{Running, Server};

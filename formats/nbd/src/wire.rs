@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Numbers of the protocol, with the names of its specification (`doc/proto.md`).
+//!
+//! Everything on the wire is big endian.
+
+/// First eight bytes of a server: `NBDMAGIC`.
+pub(crate) const SERVER_MAGIC: u64 = 0x4e42_444d_4147_4943;
+/// Second eight bytes of a newstyle server and first of every option: `IHAVEOPT`.
+pub(crate) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
+pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+pub(crate) const CHUNK_MAGIC: u32 = 0x668e_33ef;
+
+/// Longest string that the protocol allows, in bytes.
+pub(crate) const MAX_STRING: usize = 4096;
+
+/// Handshake flags; the client's have the same bits.
+pub(crate) mod handshake {
+    pub(crate) const FIXED_NEWSTYLE: u16 = 1 << 0;
+    pub(crate) const NO_ZEROES: u16 = 1 << 1;
+}
+
+/// Options of the handshake.
+pub(crate) mod option {
+    pub(crate) const EXPORT_NAME: u32 = 1;
+    pub(crate) const ABORT: u32 = 2;
+    pub(crate) const LIST: u32 = 3;
+    pub(crate) const INFO: u32 = 6;
+    pub(crate) const GO: u32 = 7;
+    pub(crate) const STRUCTURED_REPLY: u32 = 8;
+    pub(crate) const LIST_META_CONTEXT: u32 = 9;
+    pub(crate) const SET_META_CONTEXT: u32 = 10;
+}
+
+/// Replies to options; errors have the highest bit set.
+pub(crate) mod option_reply {
+    pub(crate) const ACK: u32 = 1;
+    pub(crate) const SERVER: u32 = 2;
+    pub(crate) const INFO: u32 = 3;
+    pub(crate) const META_CONTEXT: u32 = 4;
+    pub(crate) const ERR_UNSUP: u32 = 0x8000_0001;
+    pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
+    pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
+    pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
+}
+
+/// Kinds of information about an export.
+pub(crate) mod info {
+    pub(crate) const EXPORT: u16 = 0;
+    pub(crate) const NAME: u16 = 1;
+    pub(crate) const DESCRIPTION: u16 = 2;
+    pub(crate) const BLOCK_SIZE: u16 = 3;
+}
+
+/// What an export can do.
+pub(crate) mod export_flag {
+    pub(crate) const HAS_FLAGS: u16 = 1 << 0;
+    pub(crate) const READ_ONLY: u16 = 1 << 1;
+    pub(crate) const SEND_FLUSH: u16 = 1 << 2;
+    pub(crate) const SEND_FUA: u16 = 1 << 3;
+    pub(crate) const SEND_TRIM: u16 = 1 << 5;
+    pub(crate) const SEND_WRITE_ZEROES: u16 = 1 << 6;
+    pub(crate) const SEND_DF: u16 = 1 << 7;
+    pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
+}
+
+/// Requests.
+pub(crate) mod command {
+    pub(crate) const READ: u16 = 0;
+    pub(crate) const WRITE: u16 = 1;
+    pub(crate) const DISC: u16 = 2;
+    pub(crate) const FLUSH: u16 = 3;
+    pub(crate) const TRIM: u16 = 4;
+    pub(crate) const WRITE_ZEROES: u16 = 6;
+    pub(crate) const BLOCK_STATUS: u16 = 7;
+}
+
+/// Flags of requests.
+pub(crate) mod command_flag {
+    pub(crate) const FUA: u16 = 1 << 0;
+    pub(crate) const NO_HOLE: u16 = 1 << 1;
+    pub(crate) const DF: u16 = 1 << 2;
+    pub(crate) const REQ_ONE: u16 = 1 << 3;
+}
+
+/// Kinds and the one flag of structured reply chunks.
+pub(crate) mod chunk {
+    pub(crate) const DONE: u16 = 1 << 0;
+    pub(crate) const NONE: u16 = 0;
+    pub(crate) const OFFSET_DATA: u16 = 1;
+    pub(crate) const OFFSET_HOLE: u16 = 2;
+    pub(crate) const BLOCK_STATUS: u16 = 5;
+    pub(crate) const ERROR: u16 = 0x8001;
+    pub(crate) const ERROR_OFFSET: u16 = 0x8002;
+}
+
+/// The context `base:allocation`.
+pub(crate) mod allocation {
+    pub(crate) const NAME: &str = "base:allocation";
+    /// The number that we give it; any would do.
+    pub(crate) const ID: u32 = 1;
+    pub(crate) const HOLE: u32 = 1 << 0;
+    pub(crate) const ZERO: u32 = 1 << 1;
+}
+
+/// Error numbers that may travel; a client takes every other one for `INVALID`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Errno {
+    /// `EPERM`: the export is read-only.
+    Permission,
+    /// `EIO`
+    Io,
+    /// `EINVAL`
+    Invalid,
+    /// `ENOSPC`: also a write past the end.
+    NoSpace,
+    /// `EOVERFLOW`: the reply would be longer than the limit.
+    Overflow,
+    /// `ESHUTDOWN`: the server is going away.
+    Shutdown,
+}
+
+impl Errno {
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Permission => 1,
+            Self::Io => 5,
+            Self::Invalid => 22,
+            Self::NoSpace => 28,
+            Self::Overflow => 75,
+            Self::Shutdown => 108,
+        }
+    }
+}
+
+/// `text` cut to at most `limit` bytes, never within a character.
+pub(crate) fn truncated(text: &str, limit: usize) -> &str {
+    text.get(..text.floor_char_boundary(limit)).unwrap_or_default()
+}
