@@ -76,6 +76,6 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|e| e as _)
+        self.source.as_deref().map(|cause| -> &(dyn std::error::Error + 'static) { cause })
     }
 }

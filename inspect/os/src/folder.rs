@@ -79,13 +79,7 @@ impl FolderTree {
     }
 
     /// Writes `content` to a new file beside `host` and renames it into place.
-    fn replace(
-        &self,
-        path: &GuestPath,
-        host: &Path,
-        content: &[u8],
-        new: Ownership,
-    ) -> Result<()> {
+    fn replace(&self, path: &GuestPath, host: &Path, content: &[u8], new: Ownership) -> Result<()> {
         let parent = host.parent().unwrap_or(&self.root);
         let in_file = |source: io::Error| failed("cannot be written", source).on(path);
         fs::create_dir_all(parent).map_err(in_file)?;
