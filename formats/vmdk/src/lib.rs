@@ -1,2 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! VMDK disks: sparse, stream-optimized, flat and split.
+//!
+//! The format is described in VMware's "Virtual Disk Format 1.1" and "5.0". A disk is a
+//! list of extents, given by a descriptor text that is a file of its own or embedded in a
+//! sparse extent. Every other file is opened through a [`tranship_block::Gate`]; data that
+//! the image promises but does not hold is an error, never zeroes.
+#![forbid(unsafe_code)]
+#![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
+
+mod compressed;
+mod descriptor;
+mod directory;
+mod disk;
+mod header;
+mod line;
+mod open;
+mod sparse;
+mod table;
+
+pub use descriptor::{Descriptor, NO_PARENT};
+pub use disk::{ExtentInfo, Vmdk};
+pub use line::{Access, ExtentLine, ExtentType};
+pub use open::{OpenOptions, Parent, probe, read_descriptor};
+
+/// Bytes per sector, the unit of nearly every number in the format.
+pub(crate) const SECTOR: u64 = 512;

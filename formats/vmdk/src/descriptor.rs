@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The descriptor: a text that says what a disk is made of.
+
+use crate::ExtentLine;
+use std::collections::BTreeMap;
+use tranship_block::{Error, Result};
+
+/// The `parentCID` of a disk that has no parent.
+pub const NO_PARENT: u32 = u32::MAX;
+/// More extents than any product writes (8 TiB in 2 GiB pieces); each may cost an open file.
+const MAX_EXTENTS: usize = 4096;
+/// Keys beyond this number are an attack on memory.
+const MAX_KEYS: usize = 4096;
+
+/// What a descriptor says, without anything having been opened.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Descriptor {
+    /// `createType`; empty if it is not there.
+    pub create_type: String,
+    /// `CID`, which changes with the contents.
+    pub cid: Option<u32>,
+    /// `parentCID`, unless the disk stands alone.
+    pub parent_cid: Option<u32>,
+    /// `parentFileNameHint`; hostile.
+    pub parent_hint: Option<String>,
+    /// The extents in disk order.
+    pub extents: Vec<ExtentLine>,
+    /// The `ddb.` entries, keys in lower case without the prefix.
+    pub database: BTreeMap<String, String>,
+    /// Lines that made no sense and were left out.
+    pub warnings: Vec<String>,
+}
+
+impl Descriptor {
+    /// Parses a descriptor; NUL bytes end it, as they pad embedded ones.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Corrupt`] for values and extent lines that cannot be
+    /// read, [`tranship_block::ErrorKind::Unsupported`] for names in an encoding other
+    /// than UTF-8 and windows-1252 and for unknown extent types.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+        let lines = || text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).enumerate();
+        let encoding = lines()
+            .find_map(|(_, line)| match key_value(std::str::from_utf8(line).ok()?)? {
+                (key, value) if key == "encoding" => Some(value.to_ascii_lowercase()),
+                _ => None,
+            })
+            .unwrap_or_else(|| "utf-8".into());
+
+        let mut keys = BTreeMap::new();
+        let mut descriptor = Self::default();
+        for (number, line) in lines() {
+            let number = number.saturating_add(1);
+            if line.is_empty() || line.starts_with(b"#") {
+                continue;
+            }
+            let line = decode(line, &encoding, number)?;
+            if let Some(extent) = ExtentLine::parse(&line) {
+                if descriptor.extents.len() >= MAX_EXTENTS {
+                    return Err(Error::corrupt(format!(
+                        "descriptor lists more than {MAX_EXTENTS} extents"
+                    )));
+                }
+                descriptor.extents.push(extent?);
+            } else if let Some((key, value)) = key_value(&line) {
+                if keys.len() >= MAX_KEYS {
+                    return Err(Error::corrupt(format!(
+                        "descriptor has more than {MAX_KEYS} keys"
+                    )));
+                }
+                keys.entry(key).or_insert_with(|| value.to_owned());
+            } else if descriptor.warnings.len() < 16 {
+                descriptor.warnings.push(format!("descriptor line {number} is not understood"));
+            }
+        }
+        descriptor.create_type = keys.remove("createtype").unwrap_or_default();
+        descriptor.cid = keys.remove("cid").map(|cid| content_id("CID", &cid)).transpose()?;
+        descriptor.parent_cid = keys
+            .remove("parentcid")
+            .map(|cid| content_id("parentCID", &cid))
+            .transpose()?
+            .filter(|cid| *cid != NO_PARENT);
+        descriptor.parent_hint = keys.remove("parentfilenamehint");
+        descriptor.database = keys
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.strip_prefix("ddb.")?.to_owned(), value)))
+            .collect();
+        Ok(descriptor)
+    }
+}
+
+/// Splits `key = "value"`; the key comes back in lower case.
+fn key_value(line: &str) -> Option<(String, &str)> {
+    let (key, value) = line.split_once('=')?;
+    let value = value.trim();
+    let value = value.strip_prefix('"').unwrap_or(value);
+    let value = value.strip_suffix('"').unwrap_or(value);
+    Some((key.trim().to_ascii_lowercase(), value))
+}
+
+fn content_id(name: &str, text: &str) -> Result<u32> {
+    Some(text)
+        .filter(|text| text.bytes().all(|byte| byte.is_ascii_hexdigit()))
+        .and_then(|text| u32::from_str_radix(text, 16).ok())
+        .ok_or_else(|| Error::corrupt(format!("{name} is {text:?}, expected 8 hex digits")))
+}
+
+fn decode(line: &[u8], encoding: &str, number: usize) -> Result<String> {
+    match encoding {
+        "windows-1252" => Ok(line.iter().map(|byte| windows_1252(*byte)).collect()),
+        "utf-8" | "utf8" => std::str::from_utf8(line).map(str::to_owned).map_err(|_| {
+            Error::corrupt(format!("descriptor line {number} is not valid UTF-8, its encoding"))
+        }),
+        _ if line.is_ascii() => Ok(String::from_utf8_lossy(line).into_owned()),
+        _ => Err(Error::unsupported(format!(
+            "descriptor line {number} has other than ASCII characters in encoding {encoding:?}; \
+             save the descriptor as UTF-8 with encoding=\"UTF-8\""
+        ))),
+    }
+}
+
+/// The character of a byte; 0x80 to 0x9f differ from Latin-1, five of them are unassigned.
+fn windows_1252(byte: u8) -> char {
+    const HIGH: [char; 32] = [
+        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
+        '\u{8f}', '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}',
+        'ž', 'Ÿ',
+    ];
+    byte.checked_sub(0x80)
+        .and_then(|index| HIGH.get(usize::from(index)))
+        .copied()
+        .unwrap_or_else(|| char::from(byte))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tranship_block::ErrorKind;
+
+    #[test]
+    fn keys_ignore_case_and_spaces_and_line_ends() {
+        let text = b"# Disk DescriptorFile\r\nversion=1\r\n cid = 0172e8A4 \r\nPARENTCID=ffffffff\r\n\
+            CreateType = \"vmfs\"\r\nRW 8 VMFS \"a-flat.vmdk\"\r\nddb.adapterType = \"lsilogic\"\r\n\
+            DDB.uuid=\"60 00\"\r\nnonsense\r\n\0\0rest";
+        let descriptor = Descriptor::parse(text).unwrap();
+        assert_eq!(descriptor.create_type, "vmfs");
+        assert_eq!(descriptor.cid, Some(0x0172_e8a4));
+        assert_eq!(descriptor.parent_cid, None);
+        assert_eq!(descriptor.extents.len(), 1);
+        assert_eq!(descriptor.database["adaptertype"], "lsilogic");
+        assert_eq!(descriptor.database["uuid"], "60 00");
+        assert_eq!(descriptor.warnings, ["descriptor line 9 is not understood"]);
+    }
+
+    #[test]
+    fn names_follow_the_encoding() {
+        let name = |text: &[u8]| Descriptor::parse(text).map(|d| d.extents[0].name.clone());
+        let western = b"encoding=\"windows-1252\"\nRW 8 FLAT \"\x80 gr\xfcn\" 0";
+        assert_eq!(name(western).unwrap(), "€ grün");
+        let utf8 = "RW 8 FLAT \"grün\" 0\nencoding = UTF-8".as_bytes();
+        assert_eq!(name(utf8).unwrap(), "grün");
+        let error = name(b"RW 8 FLAT \"gr\xfcn\" 0").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert_eq!(name(b"encoding=\"Shift_JIS\"\nRW 8 FLAT \"a\" 0").unwrap(), "a");
+        let error = name(b"encoding=\"Shift_JIS\"\nRW 8 FLAT \"\x83\" 0").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn bad_ids_and_floods_are_refused() {
+        for text in ["CID=xyz", "parentCID=123456789", "CID=+1"] {
+            assert!(Descriptor::parse(text.as_bytes()).unwrap_err().to_string().contains("hex"));
+        }
+        let flood = "RW 1 FLAT \"x\" 0\n".repeat(30_000);
+        let error = Descriptor::parse(flood.as_bytes()).unwrap_err();
+        assert!(error.to_string().contains("more than 4096 extents"), "{error}");
+    }
+}

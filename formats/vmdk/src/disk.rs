@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The open disk: extents in a row, read like any other device.
+
+use crate::line::ExtentType;
+use crate::sparse::{Place, SparseExtent};
+use crate::{Descriptor, Parent};
+use std::collections::BTreeMap;
+use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Slice, Span, Zeroing};
+
+/// A VMDK disk, opened for reading.
+#[derive(Debug)]
+pub struct Vmdk {
+    pieces: Vec<Piece>,
+    size: u64,
+    descriptor: Descriptor,
+    parent: Option<Parent>,
+    warnings: Vec<String>,
+}
+
+/// An extent and its place in the disk.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    pub(crate) kind: ExtentType,
+    pub(crate) name: Option<String>,
+    pub(crate) backing: Backing,
+}
+
+/// Where the bytes of an extent come from.
+#[derive(Debug)]
+pub(crate) enum Backing {
+    Zero,
+    Flat(Slice),
+    Sparse(Box<SparseExtent>),
+}
+
+/// What `info` shows about an extent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtentInfo {
+    /// The file as the descriptor names it; none if it is the disk's own file.
+    pub name: Option<String>,
+    /// How it stores its bytes.
+    pub kind: ExtentType,
+    /// Its size in bytes as the guest sees it.
+    pub len: u64,
+    /// Bytes per grain, for sparse extents.
+    pub grain: Option<u64>,
+    /// Whether its grains are compressed.
+    pub compressed: bool,
+}
+
+impl Vmdk {
+    pub(crate) fn new(
+        pieces: Vec<Piece>,
+        size: u64,
+        descriptor: Descriptor,
+        parent: Option<Parent>,
+        mut warnings: Vec<String>,
+    ) -> Self {
+        warnings.extend(descriptor.warnings.iter().cloned());
+        Self { pieces, size, descriptor, parent, warnings }
+    }
+
+    /// The kind of disk in VMware's words, for example `monolithicSparse`; empty if the
+    /// disk has no descriptor.
+    pub fn create_type(&self) -> &str {
+        &self.descriptor.create_type
+    }
+
+    /// The content id.
+    pub fn cid(&self) -> Option<u32> {
+        self.descriptor.cid
+    }
+
+    /// The content id that the parent must have, if the disk is a snapshot.
+    pub fn parent_cid(&self) -> Option<u32> {
+        self.descriptor.parent_cid
+    }
+
+    /// The extents in disk order.
+    pub fn extents(&self) -> Vec<ExtentInfo> {
+        let info = |piece: &Piece| {
+            let header = match &piece.backing {
+                Backing::Sparse(extent) => Some(extent.header()),
+                Backing::Zero | Backing::Flat(_) => None,
+            };
+            ExtentInfo {
+                name: piece.name.clone(),
+                kind: piece.kind,
+                len: piece.len,
+                grain: header.map(|header| header.grain.get()),
+                compressed: header.is_some_and(|header| header.compressed),
+            }
+        };
+        self.pieces.iter().map(info).collect()
+    }
+
+    /// The `ddb.` entries of the descriptor, keys in lower case without the prefix.
+    pub fn database(&self) -> &BTreeMap<String, String> {
+        &self.descriptor.database
+    }
+
+    /// What was wrong with the disk and could be worked around.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The extent that byte `offset` of the disk lies in.
+    fn piece_at(&self, offset: u64) -> Result<&Piece> {
+        let behind = self.pieces.partition_point(|piece| piece.start <= offset);
+        behind
+            .checked_sub(1)
+            .and_then(|index| self.pieces.get(index))
+            .filter(|piece| offset.saturating_sub(piece.start) < piece.len)
+            .ok_or_else(|| Error::usage("offset past the end of the disk").at(offset))
+    }
+
+    /// Fills `buf` with what the parent has at `offset`; zeroes where it has nothing.
+    fn read_below(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let Some(parent) = &self.parent else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let left = parent.device.size().saturating_sub(offset);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        let (there, beyond) = buf.split_at_mut(len);
+        beyond.fill(0);
+        if there.is_empty() { Ok(()) } else { parent.device.read_at(there, offset) }
+    }
+
+    fn extent_below(&self, offset: u64, len: u64) -> Result<Extent> {
+        let below = self.parent.as_ref().filter(|parent| offset < parent.device.size());
+        let Some(parent) = below else { return Ok(Extent::new(ExtentKind::Hole, len)) };
+        let mut extent = parent.device.extent_at(offset)?.limited_to(len);
+        extent.depth = extent.depth.saturating_add(1);
+        Ok(extent)
+    }
+}
+
+impl Piece {
+    fn read(&self, disk: &Vmdk, buf: &mut [u8], within: u64) -> Result<()> {
+        match &self.backing {
+            Backing::Zero => {
+                buf.fill(0);
+                Ok(())
+            }
+            Backing::Flat(slice) => slice.read_at(buf, within),
+            Backing::Sparse(extent) => extent.read(buf, within, &|part, at| {
+                disk.read_below(part, self.start.saturating_add(at))
+            }),
+        }
+    }
+
+    fn extent(&self, disk: &Vmdk, within: u64) -> Result<Extent> {
+        match &self.backing {
+            Backing::Zero => Ok(Extent::new(ExtentKind::Zero, self.len.saturating_sub(within))),
+            Backing::Flat(slice) => slice.extent_at(within),
+            Backing::Sparse(extent) => {
+                let (place, len) = extent.extent(within)?;
+                match place {
+                    Place::Absent => disk.extent_below(self.start.saturating_add(within), len),
+                    Place::Zero => Ok(Extent::new(ExtentKind::Zero, len)),
+                    Place::Stored(_) if extent.header().compressed => {
+                        let data = Extent::new(ExtentKind::Data, len);
+                        Ok(Extent { compressed: true, ..data })
+                    }
+                    Place::Stored(at) => Ok(Extent::new(ExtentKind::Data, len).mapped_to(at)),
+                }
+            }
+        }
+    }
+
+    fn blame(&self, error: Error) -> Error {
+        match &self.name {
+            Some(name) => error.in_file(name),
+            None => error,
+        }
+    }
+}
+
+impl BlockDevice for Vmdk {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn preferred_block(&self) -> u32 {
+        let grains = self.pieces.iter().filter_map(|piece| match &piece.backing {
+            Backing::Sparse(extent) => u32::try_from(extent.header().grain.get()).ok(),
+            Backing::Zero | Backing::Flat(_) => None,
+        });
+        grains.max().unwrap_or(4096)
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+        let wanted = u64::try_from(buf.len()).unwrap_or(u64::MAX);
+        Span::new(offset, wanted).check_within(self.size)?;
+        while !buf.is_empty() {
+            let piece = self.piece_at(offset)?;
+            let within = offset.saturating_sub(piece.start);
+            let left = piece.len.saturating_sub(within);
+            let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+            let (part, rest) = buf.split_at_mut(len);
+            piece.read(self, part, within).map_err(|error| piece.blame(error))?;
+            offset = offset.saturating_add(u64::try_from(len).unwrap_or(u64::MAX));
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, span: Span, _mode: Zeroing) -> Result<()> {
+        Err(Error::usage("device is read-only").at(span.start))
+    }
+
+    fn discard(&self, span: Span) -> Result<()> {
+        Err(Error::usage("device is read-only").at(span.start))
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        let piece = self.piece_at(offset)?;
+        let within = offset.saturating_sub(piece.start);
+        let extent = piece.extent(self, within).map_err(|error| piece.blame(error))?;
+        Ok(extent.limited_to(piece.len.saturating_sub(within)))
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+}
