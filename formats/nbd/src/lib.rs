@@ -14,6 +14,8 @@
 mod export;
 mod handshake;
 mod limits;
+#[cfg(test)]
+mod mutation;
 mod option;
 mod reply;
 mod request;
