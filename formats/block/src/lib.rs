@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod copy;
 mod device;
 mod error;
 mod extent;
@@ -17,6 +18,7 @@ mod memory;
 mod slice;
 mod zero;
 
+pub use copy::{Copied, CopyObserver, CopyOptions, copy};
 pub use device::{BlockDevice, Storage, Zeroing};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind, Extents, Span};
