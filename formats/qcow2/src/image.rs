@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An open image.
+
+use crate::cache::Cache;
+use crate::compressed::Inflated;
+use crate::geometry::{Geometry, Mapping};
+use crate::header::{Compression, Header};
+use crate::metadata::Metadata;
+use crate::refcounts::{Refcounts, read_table};
+use crate::snapshots;
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use tranship_block::{
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, Span, Storage, Zeroing,
+};
+
+/// How an image is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Refuse writes, and touch nothing of the file.
+    pub read_only: bool,
+    /// What unallocated clusters read from; required if the header names a backing file.
+    ///
+    /// It may also be given where the header names none: the image is then an overlay
+    /// whose base only this program knows.
+    pub backing: Option<Arc<dyn BlockDevice>>,
+}
+
+/// The disk inside a QCOW2 image.
+///
+/// Any number of threads may use it at once. Writes are durable after
+/// [`BlockDevice::flush`]; dropping it writes metadata back, but reports no errors.
+#[derive(Debug)]
+pub struct Qcow2 {
+    pub(crate) file: Arc<dyn BlockDevice>,
+    /// The same file, if it may be changed.
+    pub(crate) storage: Option<Arc<dyn Storage>>,
+    pub(crate) backing: Option<Arc<dyn BlockDevice>>,
+    pub(crate) header: Header,
+    pub(crate) geometry: Geometry,
+    pub(crate) metadata: Mutex<Metadata>,
+    /// A run in [`Metadata::busy`] has gone.
+    pub(crate) idle: Condvar,
+    /// Held for reading while payload moves, so that no freed cluster is given to
+    /// somebody else under a reader's feet; taken before every other lock.
+    pub(crate) in_use: RwLock<()>,
+    /// Held while metadata is written back in its order.
+    pub(crate) writing_back: Mutex<()>,
+    /// Writing back failed: what is on disk is consistent, but not what was promised.
+    pub(crate) failed: AtomicBool,
+    /// Length of the file when it was opened; it is never cut below.
+    pub(crate) original_len: u64,
+    pub(crate) inflated: Mutex<Inflated>,
+}
+
+impl Qcow2 {
+    /// Opens the image in `storage`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Denied`] if it needs a backing file that was not given or an external
+    /// data file, [`ErrorKind::Unsupported`] if it is encrypted or of an unknown kind or,
+    /// unless opened read-only, was not shut down cleanly, [`ErrorKind::Corrupt`] if it
+    /// contradicts the format.
+    pub fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Self> {
+        if options.read_only {
+            return Self::open_read_only(storage, options.backing);
+        }
+        if storage.is_read_only() {
+            return Err(Error::usage("image cannot be written: its file is open for reading only"));
+        }
+        let file: Arc<dyn BlockDevice> = Arc::<dyn Storage>::clone(&storage);
+        Self::new(file, Some(storage), options.backing)
+    }
+
+    /// Opens the image in `file` for reading alone: a member of an archive, for example.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_read_only(
+        file: Arc<dyn BlockDevice>,
+        backing: Option<Arc<dyn BlockDevice>>,
+    ) -> Result<Self> {
+        Self::new(file, None, backing)
+    }
+
+    fn new(
+        file: Arc<dyn BlockDevice>,
+        storage: Option<Arc<dyn Storage>>,
+        backing: Option<Arc<dyn BlockDevice>>,
+    ) -> Result<Self> {
+        let header = Header::read(&file)?;
+        header.check_supported()?;
+        if let (Some(wanted), None) = (&header.backing, &backing) {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!("the image needs backing file {:?}, which was not given", wanted.name),
+            ));
+        }
+        if storage.is_some() && header.is_marked_corrupt() {
+            return Err(Error::corrupt(
+                "image is marked corrupt: it can be read, but not written before it is repaired",
+            )
+            .at(72));
+        }
+        if storage.is_some() && header.is_dirty() {
+            return Err(Error::unsupported(
+                "image was not shut down cleanly: it can be read, but not written before its \
+                 reference counts are rebuilt",
+            )
+            .at(72));
+        }
+        // Refused now rather than when its reference counts are needed.
+        snapshots::read(&file, &header)?;
+        let geometry = header.geometry();
+        let l1 = read_table(&file, header.l1_table_offset, geometry.l1_entries(header.size))?;
+        let table = read_table(
+            &file,
+            header.refcount_table_offset,
+            geometry.offset(u64::from(header.refcount_table_clusters)) / 8,
+        )?;
+        let metadata = Metadata {
+            geometry,
+            l1,
+            l1_changed: BTreeSet::new(),
+            l2: Cache::new(geometry.cluster()),
+            refcounts: Refcounts::new(geometry, header.refcount_table_offset, table),
+            busy: Vec::new(),
+            frees: Vec::new(),
+            prepared: false,
+        };
+        Ok(Self {
+            original_len: file.size(),
+            file,
+            storage,
+            backing,
+            header,
+            geometry,
+            metadata: Mutex::new(metadata),
+            idle: Condvar::new(),
+            in_use: RwLock::new(()),
+            writing_back: Mutex::new(()),
+            failed: AtomicBool::new(false),
+            inflated: Mutex::default(),
+        })
+    }
+
+    /// What the header said when the image was opened.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    pub(crate) fn compression(&self) -> Compression {
+        self.header.compression
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Metadata> {
+        self.metadata.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn writable(&self, at: u64) -> Result<&Arc<dyn Storage>> {
+        self.storage.as_ref().ok_or_else(|| Error::usage("device is read-only").at(at))
+    }
+
+    /// Bytes that the backing image has from `offset` on.
+    pub(crate) fn backing_from(&self, offset: u64) -> Option<(&Arc<dyn BlockDevice>, u64)> {
+        let backing = self.backing.as_ref()?;
+        let left = backing.size().saturating_sub(offset);
+        (left > 0).then_some((backing, left))
+    }
+}
+
+impl BlockDevice for Qcow2 {
+    fn size(&self) -> u64 {
+        self.header.size
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.storage.is_none()
+    }
+
+    fn preferred_block(&self) -> u32 {
+        u32::try_from(self.geometry.cluster()).unwrap_or(u32::MAX)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        Span::new(offset, crate::geometry::to_u64(buf.len())).check_within(self.size())?;
+        let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
+        self.read_payload(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let span = Span::new(offset, crate::geometry::to_u64(buf.len()));
+        self.start_writing(span)?;
+        let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
+        self.write_payload(buf, offset)
+    }
+
+    fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
+        self.start_writing(span)?;
+        let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
+        self.zero(span, mode)
+    }
+
+    /// Whole clusters read as zero afterwards; parts of clusters stay as they are.
+    fn discard(&self, span: Span) -> Result<()> {
+        self.start_writing(span)?;
+        let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
+        self.discard_clusters(span)
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        Span::new(offset, 1).check_within(self.size())?;
+        let left = self.size().saturating_sub(offset);
+        let first = self.geometry.index(offset);
+        let within = self.geometry.within(offset);
+        let most = self.geometry.clusters_for(left.saturating_add(within));
+        let (mapping, count) = self.lock().run(&self.file, first, most)?;
+        let len = self.geometry.offset(count).saturating_sub(within).min(left);
+        Ok(match mapping {
+            Mapping::Unallocated => match self.backing_from(offset) {
+                Some((backing, _)) => {
+                    let below = backing.extent_at(offset)?.limited_to(len);
+                    Extent { depth: below.depth.saturating_add(1), ..below }
+                }
+                None => Extent::new(ExtentKind::Hole, len),
+            },
+            Mapping::Zero { .. } => Extent::new(ExtentKind::Zero, len),
+            Mapping::Data(host) => {
+                Extent::new(ExtentKind::Data, len).mapped_to(host.offset.saturating_add(within))
+            }
+            Mapping::Compressed { .. } => {
+                Extent { compressed: true, ..Extent::new(ExtentKind::Data, len) }
+            }
+        })
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flush_all()
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        // Errors have nobody to go to here: who needs to know calls flush first.
+        let _ = self.flush_all();
+    }
+}

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! An image behaves as a device in memory does, whatever is done to it.
+#![allow(clippy::cast_possible_truncation)]
+
+mod support;
+
+use proptest::prelude::*;
+use std::sync::Arc;
+use support::{Op, apply, contents, in_memory, open, options, pattern};
+use tranship_block::{
+    BlockDevice, ErrorKind, Extents, MemoryDevice, Span, Storage, Zeroing, is_zero,
+};
+use tranship_qcow2::{Backing, OpenOptions, Qcow2, check, create};
+
+fn op(size: u64, cluster: u64) -> impl Strategy<Value = Op> {
+    let len = (cluster * 3).min(size);
+    let mode = prop_oneof![Just(Zeroing::MayUnmap), Just(Zeroing::KeepAllocated)];
+    // Half of the ranges are whole clusters, for which other paths are taken.
+    let range = (0..size, 1..len, any::<bool>()).prop_map(move |(at, len, whole)| {
+        if whole { (at / cluster * cluster, len.next_multiple_of(cluster)) } else { (at, len) }
+    });
+    prop_oneof![
+        6 => (range.clone(), any::<u64>()).prop_map(|((at, len), seed)| Op::Write(at, len as usize, seed)),
+        2 => (range.clone(), mode).prop_map(|((at, len), mode)| Op::Zero(at, len, mode)),
+        2 => range.prop_map(|(at, len)| Op::Discard(at, len)),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+/// Cluster size, disk size, size of the backing image.
+fn shape() -> impl Strategy<Value = (u32, u64, Option<u64>)> {
+    prop_oneof![
+        Just((9, 100_352)),
+        Just((9, 512 * 7)),
+        Just((12, 300_544)),
+        Just((16, 700_416)),
+        Just((21, 5_000_192)),
+    ]
+    .prop_flat_map(|(bits, size)| {
+        let backing = prop_oneof![
+            Just(None),
+            Just(Some(size)),
+            Just(Some(size / 3)),
+            Just(Some(size + 70_000)),
+        ];
+        (Just(bits), Just(size), backing)
+    })
+}
+
+fn verify(image: &Qcow2, model: &[u8]) {
+    assert!(contents(image) == model, "contents differ");
+    let mut covered = 0;
+    for run in Extents::new(image, Span::new(0, u64::MAX)) {
+        let (span, kind) = run.unwrap();
+        assert_eq!(span.start, covered);
+        covered = span.end();
+        let bytes = &model[span.start as usize..covered as usize];
+        assert!(!kind.reads_zero() || is_zero(bytes), "{span:?} is {kind:?}, but has data");
+    }
+    assert_eq!(covered, image.size());
+    let report = image.check().unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.details);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn same_bytes_as_memory(
+        ((bits, size, backing), ops) in shape().prop_flat_map(|shape| {
+            (Just(shape), prop::collection::vec(op(shape.1, 1 << shape.0), 1..30))
+        })
+    ) {
+        let storage: Arc<dyn Storage> = in_memory(size, bits);
+        let base = backing.map(|len| pattern(len as usize, 77));
+        let mut model = vec![0; size as usize];
+        if let Some(base) = &base {
+            let len = base.len().min(model.len());
+            model[..len].copy_from_slice(&base[..len]);
+        }
+        let backing: Option<Arc<dyn BlockDevice>> =
+            base.map(|base| -> Arc<dyn BlockDevice> { Arc::new(MemoryDevice::read_only(base)) });
+        let mut image = open(&storage, backing.clone());
+        for op in &ops {
+            if matches!(op, Op::Reopen) {
+                drop(image);
+                image = open(&storage, backing.clone());
+            }
+            apply(&image, &mut model, 1 << bits, op);
+        }
+        verify(&image, &model);
+        drop(image);
+        verify(&open(&storage, backing), &model);
+    }
+}
+
+#[test]
+fn threads_that_share_clusters_lose_nothing() {
+    const SIZE: u64 = 4 << 20;
+    const THREADS: usize = 4;
+    const PIECE: usize = 1536;
+    let storage: Arc<dyn Storage> = in_memory(SIZE, 14);
+    let base = pattern(SIZE as usize, 5);
+    let image = open(&storage, Some(Arc::new(MemoryDevice::read_only(base.clone()))));
+    // Every thread writes each fourth piece, so that all meet in every cluster.
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let image = &image;
+            scope.spawn(move || {
+                let pieces = SIZE as usize / PIECE;
+                for piece in (thread..pieces).step_by(THREADS) {
+                    let at = (piece * PIECE) as u64;
+                    image.write_at(&pattern(PIECE, piece as u64), at).unwrap();
+                    if piece % 97 == 0 {
+                        image.flush().unwrap();
+                    }
+                }
+            });
+        }
+    });
+    let mut model = base;
+    for piece in 0..SIZE as usize / PIECE {
+        model[piece * PIECE..(piece + 1) * PIECE].copy_from_slice(&pattern(PIECE, piece as u64));
+    }
+    verify(&image, &model);
+}
+
+#[test]
+fn readers_never_see_bytes_of_clusters_that_changed_hands() {
+    const CLUSTERS: u64 = 64;
+    let storage: Arc<dyn Storage> = in_memory(CLUSTERS << 12, 12);
+    let image = open(&storage, None);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for round in 0..400_u64 {
+                // Each cluster holds its own number or zeroes.
+                let cluster = round * 31 % CLUSTERS;
+                image.write_at(&[cluster as u8 + 1; 4096], cluster << 12).unwrap();
+                image.discard(Span::new((round * 17 % CLUSTERS) << 12, 4096)).unwrap();
+                image.flush().unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Release);
+        });
+        scope.spawn(|| {
+            let mut buf = [0; 4096];
+            while !done.load(std::sync::atomic::Ordering::Acquire) && !writer.is_finished() {
+                for cluster in 0..CLUSTERS {
+                    image.read_at(&mut buf, cluster << 12).unwrap();
+                    let own = cluster as u8 + 1;
+                    assert!(buf.iter().all(|byte| *byte == 0 || *byte == own));
+                }
+            }
+        });
+    });
+    assert_eq!(image.check().unwrap().corruptions, 0);
+}
+
+#[test]
+fn discarded_clusters_are_used_again() {
+    let storage: Arc<dyn Storage> = in_memory(1 << 20, 12);
+    let image = open(&storage, None);
+    for round in 0..20 {
+        image.write_at(&pattern(200 << 10, round), 0).unwrap();
+        image.flush().unwrap();
+        image.discard(Span::new(0, 200 << 10)).unwrap();
+        image.flush().unwrap();
+    }
+    assert!(storage.size() < 400 << 10, "file has {} bytes", storage.size());
+    assert_eq!(image.check().unwrap().leaks, 0);
+}
+
+#[test]
+fn a_backing_file_that_was_not_given_is_named() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryDevice::new(Vec::new()));
+    let mut options = options(1 << 20, 16);
+    options.backing = Some(Backing { name: "base.raw".into(), format: Some("raw".into()) });
+    create(&*storage, &options).unwrap();
+    let error = Qcow2::open(storage.clone(), OpenOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.message().contains("\"base.raw\""), "{error}");
+    let base: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::read_only(vec![9; 1000]));
+    let image = open(&storage, Some(base));
+    assert_eq!(image.header().backing, options.backing);
+    let mut expected = vec![0; 1 << 20];
+    expected[..1000].fill(9);
+    assert!(contents(&image) == expected);
+}
+
+#[test]
+fn extents_tell_the_layer_and_the_place() {
+    let storage: Arc<dyn Storage> = in_memory(1 << 20, 16);
+    let base = Arc::new(MemoryDevice::read_only(pattern(200_000, 1)));
+    let image = open(&storage, Some(base));
+    image.write_at(&[1; 65_536], 65_536).unwrap();
+    image.write_zeroes(Span::new(131_072, 65_536), Zeroing::MayUnmap).unwrap();
+    let kinds: Vec<_> = [0, 65_536 + 10, 131_072, 262_144]
+        .map(|offset| image.extent_at(offset).unwrap())
+        .iter()
+        .map(|extent| (extent.depth, format!("{:?}", extent.kind), extent.offset.is_some()))
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            (1, "Data".into(), true),
+            (0, "Data".into(), true),
+            (0, "Zero".into(), false),
+            (0, "Hole".into(), false)
+        ]
+    );
+    let extent = image.extent_at(65_536 + 10).unwrap();
+    let mut there = [0; 1];
+    storage.read_at(&mut there, extent.offset.unwrap()).unwrap();
+    assert_eq!((extent.len, there[0]), (65_526, 1));
+    // Everything past the backing image's end is one hole.
+    assert_eq!(image.extent_at(262_144).unwrap().len, (1 << 20) - 262_144);
+}
+
+#[test]
+fn a_huge_empty_image_is_cheap() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryDevice::new(Vec::new()));
+    create(&*storage, &options(64 << 40, 16)).unwrap();
+    let image = open(&storage, None);
+    assert_eq!(image.extent_at(0).unwrap().len, 64 << 40);
+    image.write_zeroes(Span::new(0, 64 << 40), Zeroing::MayUnmap).unwrap();
+    image.write_at(&[1], (64 << 40) - 1).unwrap();
+    image.flush().unwrap();
+    assert_eq!(check(&storage).unwrap().corruptions, 0);
+}
+
+#[test]
+fn options_that_no_image_can_have_are_refused() {
+    let storage = MemoryDevice::new(Vec::new());
+    for (size, bits) in [(1 << 40, 9), (1 << 20, 8), (1 << 20, 22), (u64::MAX, 21)] {
+        let error = create(&storage, &options(size, bits)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Usage, "{size} {bits}");
+    }
+    assert_eq!(storage.size(), 0, "refused before anything was written");
+}
