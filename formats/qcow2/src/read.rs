@@ -72,11 +72,10 @@ impl Qcow2 {
             let read = Arc::new(read);
             // Whoever reads whole clusters does not come back for the rest of this one.
             if buf.len() < cluster_len {
-                self.inflated.lock().unwrap_or_else(PoisonError::into_inner).put(
-                    place.0,
-                    place.1,
-                    Arc::clone(&read),
-                );
+                self.inflated
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .put(place, Arc::clone(&read));
             }
             read
         };
