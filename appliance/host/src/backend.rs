@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What can run the appliance's machine, and which of them is chosen.
+
+use crate::qemu::Qemu;
+use crate::{Error, ErrorKind, Result};
+use std::fmt::Debug;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+use tranship_kvm::Verdict;
+
+/// A disk of the machine: an export of our NBD server.
+#[derive(Clone, Debug)]
+pub struct SpecDisk {
+    /// Name of the export.
+    pub export: String,
+    /// Serial number by which the agent knows the disk.
+    pub serial: String,
+    /// Whether the machine may only read it.
+    pub read_only: bool,
+    /// Logical sector size in bytes.
+    pub sector_size: u32,
+    /// Whether the machine's flushes reach the disk. Not needed where a crash means that
+    /// the disk is thrown away.
+    pub durable: bool,
+}
+
+/// Everything that a machine is made of.
+#[derive(Debug)]
+pub struct MachineSpec {
+    /// The uncompressed kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// The read-only image with tools.
+    pub tools: PathBuf,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Processors.
+    pub processors: u32,
+    /// More words for the kernel's command line.
+    pub append: String,
+    /// Socket of our NBD server.
+    pub disk_socket: PathBuf,
+    /// The guest's disks in order.
+    pub disks: Vec<SpecDisk>,
+    /// The machine's end of the control port.
+    pub control: UnixStream,
+    /// The machine's end of the bulk port.
+    pub bulk: UnixStream,
+}
+
+/// A running machine; dropping it ends it.
+pub trait Machine: Debug + Send + Sync {
+    /// How it ended, in words, if it has.
+    fn ended(&self) -> Option<String>;
+
+    /// Waits for its end, at most `limit`; whether it has ended.
+    fn wait(&self, limit: Duration) -> bool;
+
+    /// Ends it at once.
+    fn kill(&self);
+
+    /// The end of what its console printed.
+    fn console(&self) -> String;
+}
+
+/// Something that can run machines.
+pub trait Backend: Debug + Send + Sync {
+    /// Its name, as `--backend` takes it.
+    fn name(&self) -> &'static str;
+
+    /// Starts a machine.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if the machine cannot even be started.
+    fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>>;
+}
+
+/// What the user wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// The best that works here.
+    #[default]
+    Auto,
+    /// QEMU with the host's KVM, whatever the probe says.
+    Kvm,
+    /// QEMU with emulation.
+    Tcg,
+}
+
+impl FromStr for Preference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kvm" | "qemu-kvm" => Ok(Self::Kvm),
+            "tcg" | "qemu-tcg" => Ok(Self::Tcg),
+            other => Err(Error::new(
+                ErrorKind::Usage,
+                format!("unknown backend {other:?}, expected auto, kvm or tcg"),
+            )),
+        }
+    }
+}
+
+/// Which backend is used, and why.
+#[derive(Debug)]
+pub struct Choice {
+    /// The backend; `None` if nothing can run here.
+    pub backend: Option<Box<dyn Backend>>,
+    /// One sentence that says why.
+    pub reason: String,
+    /// What to install or do for something better; empty if there is nothing better.
+    pub remedy: String,
+    /// What the probe of KVM found; `None` if it was not asked.
+    pub verdict: Option<Verdict>,
+}
+
+impl Choice {
+    /// The backend, or an error that says what to install.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NoBackend`] if there is none.
+    pub fn into_backend(self) -> Result<Box<dyn Backend>> {
+        self.backend
+            .ok_or_else(|| Error::new(ErrorKind::NoBackend, self.reason).with_remedy(self.remedy))
+    }
+}
+
+/// Time after which the probe gives KVM up.
+const PROBE_LIMIT: Duration = Duration::from_millis(1500);
+
+/// Chooses the backend: the device node alone proves nothing, so KVM has to run a
+/// micro-guest first.
+pub fn choose(preference: Preference) -> Choice {
+    let Some(program) = Qemu::find() else {
+        return Choice {
+            backend: None,
+            reason: "no qemu-system-x86_64 is installed to run the appliance".into(),
+            remedy: "install QEMU: apt-get install qemu-system-x86, or dnf install qemu-kvm".into(),
+            verdict: None,
+        };
+    };
+    let chosen = |kvm: bool, reason: String, remedy: String, verdict| Choice {
+        backend: Some(Box::new(Qemu::new(program.clone(), kvm))),
+        reason,
+        remedy,
+        verdict,
+    };
+    match preference {
+        Preference::Tcg => {
+            chosen(false, "QEMU with emulation, as requested".into(), String::new(), None)
+        }
+        Preference::Kvm => chosen(true, "QEMU with KVM, as requested".into(), String::new(), None),
+        Preference::Auto => {
+            let verdict = tranship_kvm::probe(PROBE_LIMIT);
+            let reason = if verdict.usable {
+                format!("QEMU with KVM: {}", verdict.reason)
+            } else {
+                format!("QEMU with emulation (TCG), since KVM is not usable: {}", verdict.reason)
+            };
+            chosen(verdict.usable, reason, verdict.remedy.clone(), Some(verdict))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn preferences_have_names() {
+        assert_eq!("auto".parse::<Preference>().unwrap(), Preference::Auto);
+        assert_eq!("qemu-tcg".parse::<Preference>().unwrap(), Preference::Tcg);
+        assert_eq!("xen".parse::<Preference>().unwrap_err().kind(), ErrorKind::Usage);
+    }
+}

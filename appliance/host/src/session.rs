@@ -1,0 +1,597 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Carries calls to the agent, any number at once, and trusts nothing that comes back.
+
+use crate::{Error, ErrorKind, Result};
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tranship_protocol::{
+    Body, CHUNK, Call, Cancelled, Credit, Failure, Frame, FrameKind, Hello, Progress, Reply,
+    VERSION, WINDOW,
+};
+
+/// How often a waiting call looks for cancellation.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Time that a cancelled call gets to end in order.
+const CANCEL_GRACE: Duration = Duration::from_secs(5);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lost(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Lost, message)
+}
+
+/// Tells running calls to stop; clones share one state.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// Stops everything that was started with this token, now and later.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether it was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// Follows a call.
+pub trait Observer {
+    /// `done` of `total` units are done; `total` is 0 if not known.
+    fn progress(&self, _done: u64, _total: u64) {}
+}
+
+/// The observer that looks away.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Silent;
+
+impl Observer for Silent {}
+
+/// What the reading threads tell a waiting call.
+#[derive(Debug)]
+enum Event {
+    Data(Vec<u8>),
+    End,
+    Credit(u64),
+    Progress(Progress),
+    Reply(Reply),
+    Failure(Failure),
+    Lost(String),
+}
+
+#[derive(Debug)]
+struct Pending {
+    events: Sender<Event>,
+    /// Bytes that the agent may still send without further credit.
+    window: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    pending: Mutex<HashMap<u64, Pending>>,
+    /// Set once nothing can be answered any more, with the reason.
+    over: Mutex<Option<String>>,
+}
+
+impl Shared {
+    fn end(&self, reason: &str) {
+        lock(&self.over).get_or_insert_with(|| reason.to_owned());
+        for (_, pending) in lock(&self.pending).drain() {
+            let _ = pending.events.send(Event::Lost(reason.to_owned()));
+        }
+    }
+}
+
+/// The connection to a running agent.
+#[derive(Debug)]
+pub struct Session {
+    control: Mutex<UnixStream>,
+    bulk: Mutex<UnixStream>,
+    shared: Arc<Shared>,
+    next: AtomicU64,
+    hello: Hello,
+    cancel: CancelToken,
+}
+
+impl Session {
+    /// Waits for the agent's first message on a connection that was just opened.
+    ///
+    /// `give_up` is asked now and then, and ends the wait with the error it returns.
+    ///
+    /// # Errors
+    ///
+    /// That error, or [`ErrorKind::Lost`] if the agent speaks nonsense.
+    pub fn open(
+        control: UnixStream,
+        bulk: UnixStream,
+        cancel: CancelToken,
+        give_up: &dyn Fn() -> Option<Error>,
+    ) -> Result<Self> {
+        let failed = |error: std::io::Error| {
+            Error::new(ErrorKind::Io, "the connection to the appliance").because(error)
+        };
+        control.set_read_timeout(Some(TICK)).map_err(failed)?;
+        let mut patient = Patient { stream: &control, give_up, gave_up: None };
+        let first = Frame::read_from(&mut patient);
+        if let Some(error) = patient.gave_up {
+            return Err(error);
+        }
+        let frame = first
+            .map_err(|error| lost("the appliance's first message").because(error))?
+            .ok_or_else(|| lost("the appliance hung up before its first message"))?;
+        if frame.kind != FrameKind::Hello {
+            return Err(lost(format!("the appliance began with {:?}", frame.kind)));
+        }
+        let hello: Hello =
+            frame.decode().map_err(|error| lost("the appliance's first message").because(error))?;
+        if hello.version != VERSION {
+            return Err(lost(format!(
+                "the agent speaks version {} of the protocol, expected {VERSION}",
+                hello.version
+            )));
+        }
+        control.set_read_timeout(None).map_err(failed)?;
+        let shared = Arc::new(Shared::default());
+        let readers = [
+            ("control", control.try_clone().map_err(failed)?),
+            ("bulk", bulk.try_clone().map_err(failed)?),
+        ];
+        for (name, stream) in readers {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("appliance {name}"))
+                .spawn(move || follow(stream, &shared, name == "bulk"))
+                .map_err(failed)?;
+        }
+        Ok(Self {
+            control: Mutex::new(control),
+            bulk: Mutex::new(bulk),
+            shared,
+            next: AtomicU64::new(1),
+            hello,
+            cancel,
+        })
+    }
+
+    /// How the agent introduced itself.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Makes a call that moves no file contents.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Call`] if the agent fails it, [`ErrorKind::Lost`] if it is gone.
+    pub fn call(&self, call: &Call) -> Result<Reply> {
+        self.exchange(call, None, &mut |_| Ok(()), &Silent)
+    }
+
+    /// Makes a call whose file contents go to `take`, in order.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`], and whatever `take` returns.
+    pub fn download(
+        &self,
+        call: &Call,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+        observer: &dyn Observer,
+    ) -> Result<Reply> {
+        self.exchange(call, None, take, observer)
+    }
+
+    /// Makes a call that is fed with all of `from`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`], and [`ErrorKind::Io`] if `from` fails.
+    pub fn upload(
+        &self,
+        call: &Call,
+        from: &mut dyn Read,
+        observer: &dyn Observer,
+    ) -> Result<Reply> {
+        self.exchange(call, Some(from), &mut |_| Ok(()), observer)
+    }
+
+    /// Makes a call that is fed with `from` while its output goes to `take`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::download`] and [`Self::upload`].
+    pub fn exchange(
+        &self,
+        call: &Call,
+        mut from: Option<&mut dyn Read>,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+        observer: &dyn Observer,
+    ) -> Result<Reply> {
+        let name = call_name(call);
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, events) = channel();
+        lock(&self.shared.pending).insert(id, Pending { events: sender, window: WINDOW });
+        let guard = Registered { session: self, id };
+        if let Some(reason) = lock(&self.shared.over).clone() {
+            return Err(lost(format!("{name}: {reason}")));
+        }
+        let begun = Instant::now();
+        Self::send(&self.control, id, call)?;
+        let outcome = self.follow_call(id, call, &events, &mut from, take, observer);
+        tracing::debug!(?call, elapsed = ?begun.elapsed(), ok = outcome.is_ok(), "call");
+        drop(guard);
+        outcome.map_err(|error| match error {
+            CallError::Failure(failure) => Error::from_failure(&name, &failure),
+            CallError::Other(error) => error,
+        })
+    }
+
+    fn follow_call(
+        &self,
+        id: u64,
+        call: &Call,
+        events: &Receiver<Event>,
+        from: &mut Option<&mut dyn Read>,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+        observer: &dyn Observer,
+    ) -> std::result::Result<Reply, CallError> {
+        let mut credit = 0;
+        let mut answer = None;
+        let mut ended = !call.downloads();
+        // An error on this side; the call is cancelled and its end awaited.
+        let mut own_error: Option<Error> = None;
+        let mut cancelled_at: Option<Instant> = None;
+        while answer.is_none() || !ended {
+            if cancelled_at.is_none() && (own_error.is_some() || self.cancel.is_cancelled()) {
+                cancelled_at = Some(Instant::now());
+                Self::send(&self.control, id, &Cancelled)?;
+            }
+            if cancelled_at.is_some_and(|at| at.elapsed() > CANCEL_GRACE) {
+                break;
+            }
+            if credit > 0
+                && answer.is_none()
+                && own_error.is_none()
+                && let Some(reader) = from
+            {
+                match self.upload_some(id, *reader, &mut credit) {
+                    Ok(true) => {}
+                    Ok(false) => *from = None,
+                    Err(error) => own_error = Some(error),
+                }
+            }
+            let next = match from {
+                // More can be sent at once: only look whether something has come.
+                Some(_) if credit > 0 && answer.is_none() && own_error.is_none() => {
+                    events.try_recv().map_err(|_| RecvTimeoutError::Timeout)
+                }
+                _ => events.recv_timeout(TICK),
+            };
+            match next {
+                Ok(Event::Data(bytes)) => {
+                    if own_error.is_none() {
+                        own_error = take(&bytes).err();
+                    }
+                    let size = u64::try_from(bytes.len()).unwrap_or(0);
+                    if let Some(pending) = lock(&self.shared.pending).get_mut(&id) {
+                        pending.window = pending.window.saturating_add(size);
+                    }
+                    Self::send(&self.control, id, &Credit(size))?;
+                }
+                Ok(Event::End) => ended = true,
+                Ok(Event::Credit(bytes)) => credit = bytes.saturating_add(credit),
+                Ok(Event::Progress(Progress { done, total })) => observer.progress(done, total),
+                Ok(Event::Reply(reply)) => answer = Some(Ok(reply)),
+                Ok(Event::Failure(failure)) => answer = Some(Err(failure)),
+                Ok(Event::Lost(reason)) => return Err(lost(reason).into()),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(lost("the appliance went away").into());
+                }
+            }
+        }
+        if let Some(error) = own_error {
+            return Err(error.into());
+        }
+        match answer {
+            Some(Ok(reply)) => Ok(reply),
+            Some(Err(failure)) => Err(CallError::Failure(failure)),
+            None => Err(Error::new(ErrorKind::Cancelled, "the call was cancelled").into()),
+        }
+    }
+
+    /// Sends the next piece of an upload; `false` when that was the end.
+    fn upload_some(&self, id: u64, from: &mut dyn Read, credit: &mut u64) -> Result<bool> {
+        let most = usize::try_from(*credit).unwrap_or(usize::MAX).min(CHUNK);
+        let mut buffer = vec![0; most];
+        let count = loop {
+            match from.read(&mut buffer) {
+                Ok(count) => break count,
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    return Err(
+                        Error::new(ErrorKind::Io, "reading what is uploaded").because(error)
+                    );
+                }
+            }
+        };
+        buffer.truncate(count);
+        *credit = credit.saturating_sub(u64::try_from(count).unwrap_or(0));
+        let kind = if count == 0 { FrameKind::End } else { FrameKind::Data };
+        Self::send_frame(&self.bulk, &Frame { kind, id, body: buffer })?;
+        Ok(count > 0)
+    }
+
+    fn send<B: Body>(port: &Mutex<UnixStream>, id: u64, body: &B) -> Result<()> {
+        let frame = Frame::encode(id, body).map_err(|error| {
+            Error::new(ErrorKind::Usage, "the call is too large").because(error)
+        })?;
+        Self::send_frame(port, &frame)
+    }
+
+    fn send_frame(port: &Mutex<UnixStream>, frame: &Frame) -> Result<()> {
+        let mut stream = lock(port);
+        frame
+            .write_to(&mut *stream)
+            .and_then(|()| stream.flush().map_err(Into::into))
+            .map_err(|error| lost("the appliance went away").because(error))
+    }
+}
+
+/// Forgets a call when it is over, however it ends.
+struct Registered<'a> {
+    session: &'a Session,
+    id: u64,
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        lock(&self.session.shared.pending).remove(&self.id);
+    }
+}
+
+enum CallError {
+    Failure(Failure),
+    Other(Error),
+}
+
+impl From<Error> for CallError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+/// The call's name as users know it: the variant's, in the shell's spelling.
+fn call_name(call: &Call) -> String {
+    let debug = format!("{call:?}");
+    let variant = debug.split([' ', '{', '(']).next().unwrap_or_default();
+    let mut name = String::new();
+    for letter in variant.chars() {
+        if letter.is_uppercase() && !name.is_empty() {
+            name.push('_');
+        }
+        name.extend(letter.to_lowercase());
+    }
+    name
+}
+
+/// Reads one stream of the agent and hands its frames to the calls that wait for them.
+fn follow(mut stream: UnixStream, shared: &Shared, bulk: bool) {
+    let reason = loop {
+        match Frame::read_from(&mut stream) {
+            Ok(Some(frame)) => {
+                if let Err(reason) = dispatch(frame, shared, bulk) {
+                    // What follows cannot be trusted to mean anything.
+                    let _ = stream.shutdown(std::net::Shutdown::Both);
+                    break reason;
+                }
+            }
+            Ok(None) => break "the appliance closed the connection unexpectedly".to_owned(),
+            Err(error) => break format!("the connection to the appliance: {error}"),
+        }
+    };
+    shared.end(&reason);
+}
+
+fn dispatch(frame: Frame, shared: &Shared, bulk: bool) -> std::result::Result<(), String> {
+    let bad = |error| format!("the appliance sent a malformed message: {error}");
+    let event = match (frame.kind, bulk) {
+        (FrameKind::Data, true) => Event::Data(frame.body),
+        (FrameKind::End, true) => Event::End,
+        (FrameKind::Credit, false) => Event::Credit(frame.decode::<Credit>().map_err(bad)?.0),
+        (FrameKind::Progress, false) => Event::Progress(frame.decode().map_err(bad)?),
+        (FrameKind::Reply, false) => Event::Reply(frame.decode().map_err(bad)?),
+        (FrameKind::Failure, false) => Event::Failure(frame.decode().map_err(bad)?),
+        (FrameKind::Log, false) => {
+            tracing::debug!(line = %String::from_utf8_lossy(&frame.body), "agent");
+            return Ok(());
+        }
+        (kind, _) => return Err(format!("the appliance sent an unexpected {kind:?}")),
+    };
+    let mut pending = lock(&shared.pending);
+    // A call that was given up may still be answered.
+    let Some(call) = pending.get_mut(&frame.id) else { return Ok(()) };
+    if let Event::Data(bytes) = &event {
+        let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        call.window = call
+            .window
+            .checked_sub(size)
+            .ok_or("the appliance sent more than it was allowed to")?;
+    }
+    let _ = call.events.send(event);
+    Ok(())
+}
+
+/// Reads with a time-out and asks at each whether there is still hope.
+struct Patient<'a> {
+    stream: &'a UnixStream,
+    give_up: &'a dyn Fn() -> Option<Error>,
+    gave_up: Option<Error>,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        loop {
+            match self.stream.read(buffer) {
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        std::io::ErrorKind::WouldBlock
+                            | std::io::ErrorKind::TimedOut
+                            | std::io::ErrorKind::Interrupted
+                    ) => {}
+                Ok(0) => {
+                    self.gave_up = (self.give_up)();
+                    return Ok(0);
+                }
+                other => return other,
+            }
+            if let Some(error) = (self.give_up)() {
+                self.gave_up = Some(error);
+                return Ok(0);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tranship_protocol::GuestPath;
+
+    fn hello() -> Hello {
+        Hello { version: VERSION, kernel: "6.1".into(), stages: Vec::new() }
+    }
+
+    /// A session whose agent is `script`, run on a thread.
+    fn session(
+        script: impl FnOnce(UnixStream, UnixStream) + Send + 'static,
+    ) -> (Session, std::thread::JoinHandle<()>) {
+        let (control, mut far_control) = UnixStream::pair().unwrap();
+        let (bulk, far_bulk) = UnixStream::pair().unwrap();
+        Frame::encode(0, &hello()).unwrap().write_to(&mut far_control).unwrap();
+        let thread = std::thread::spawn(move || script(far_control, far_bulk));
+        let session = Session::open(control, bulk, CancelToken::default(), &|| None).unwrap();
+        (session, thread)
+    }
+
+    fn next(stream: &mut UnixStream) -> Frame {
+        Frame::read_from(stream).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_download_arrives_in_order_with_credit_given_back() {
+        let (session, thread) = session(|mut control, mut bulk| {
+            let id = next(&mut control).id;
+            for piece in [&b"one "[..], b"two"] {
+                let data = Frame { kind: FrameKind::Data, id, body: piece.to_vec() };
+                data.write_to(&mut bulk).unwrap();
+            }
+            Frame { kind: FrameKind::End, id, body: Vec::new() }.write_to(&mut bulk).unwrap();
+            Frame::encode(id, &Reply::Bytes(7)).unwrap().write_to(&mut control).unwrap();
+            let credits: u64 =
+                (0..2).map(|_| next(&mut control).decode::<Credit>().unwrap().0).sum();
+            assert_eq!(credits, 7);
+        });
+        let mut got = Vec::new();
+        let call = Call::Download { path: GuestPath::of("/f") };
+        let reply = session
+            .download(
+                &call,
+                &mut |bytes| {
+                    got.extend_from_slice(bytes);
+                    Ok(())
+                },
+                &Silent,
+            )
+            .unwrap();
+        assert_eq!((reply, got.as_slice()), (Reply::Bytes(7), &b"one two"[..]));
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn an_upload_waits_for_credit() {
+        let (session, thread) = session(|mut control, mut bulk| {
+            let id = next(&mut control).id;
+            for (credit, expected) in [(3, &b"abc"[..]), (10, b"de")] {
+                Frame::encode(id, &Credit(credit)).unwrap().write_to(&mut control).unwrap();
+                assert_eq!(next(&mut bulk).body, expected);
+            }
+            assert_eq!(next(&mut bulk).kind, FrameKind::End);
+            Frame::encode(id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+        });
+        let call = Call::Append { path: GuestPath::of("/f"), align: 4, backup: None };
+        assert_eq!(session.upload(&call, &mut &b"abcde"[..], &Silent).unwrap(), Reply::Done);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn an_agent_that_floods_is_cut_off() {
+        let (session, thread) = session(|mut control, mut bulk| {
+            let id = next(&mut control).id;
+            let data = Frame { kind: FrameKind::Data, id, body: vec![0; CHUNK] };
+            while data.write_to(&mut bulk).is_ok() {}
+        });
+        let call = Call::Download { path: GuestPath::of("/f") };
+        // The first piece blocks the call, so that no credit is given back.
+        let error = session
+            .download(
+                &call,
+                &mut |_| {
+                    std::thread::sleep(Duration::from_millis(300));
+                    Ok(())
+                },
+                &Silent,
+            )
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Lost);
+        drop(session);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_failure_has_the_calls_name_and_errno() {
+        let (session, thread) = session(|mut control, _bulk| {
+            let id = next(&mut control).id;
+            let failure = Failure { errno: 2, message: "/f: No such file or directory".into() };
+            Frame::encode(id, &failure).unwrap().write_to(&mut control).unwrap();
+        });
+        let error = session.call(&Call::ReadLink { path: GuestPath::of("/f") }).unwrap_err();
+        assert_eq!(error.to_string(), "read_link: /f: No such file or directory");
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::Call, 2));
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn calls_fail_once_the_agent_is_gone() {
+        let (session, thread) = session(|control, bulk| drop((control, bulk)));
+        thread.join().unwrap();
+        for _ in 0..2 {
+            assert_eq!(session.call(&Call::Ping).unwrap_err().kind(), ErrorKind::Lost);
+        }
+    }
+
+    #[test]
+    fn nonsense_ends_the_session() {
+        let (session, thread) = session(|mut control, _bulk| {
+            next(&mut control);
+            Frame { kind: FrameKind::Call, id: 1, body: Vec::new() }
+                .write_to(&mut control)
+                .unwrap();
+            std::thread::sleep(Duration::from_millis(50));
+        });
+        let error = session.call(&Call::Ping).unwrap_err();
+        assert!(error.to_string().contains("unexpected Call"), "{error}");
+        thread.join().unwrap();
+    }
+}
