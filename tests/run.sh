@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+#
+# Runs every test of the workspace with the fixtures at hand; `make test` builds both.
+# Arguments are handed to the test runner.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+TRANSHIP_TEST_FIXTURES=$(fixtures/debian12.sh)
+TRANSHIP_TEST_NOOS=$(fixtures/noos.sh)
+TRANSHIP_BIN=${TRANSHIP_BIN:-${CARGO_TARGET_DIR:-$PWD/target}/release/tranship}
+export TRANSHIP_TEST_FIXTURES TRANSHIP_TEST_NOOS TRANSHIP_BIN
+
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --workspace --no-fail-fast "$@"
+    # The examples in the documentation are the one thing that nextest does not run.
+    exec cargo test --workspace --doc --quiet
+fi
+exec cargo test --workspace --no-fail-fast "$@"
