@@ -10,7 +10,7 @@ use tranship_raw::{Access, RawFile};
 use tranship_vmdk::{OpenOptions, Vmdk};
 
 #[derive(Debug)]
-pub struct Folder(pub PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Gate for Folder {
     fn open(&self, request: Request<'_>) -> Result<Arc<dyn BlockDevice>> {
@@ -25,11 +25,11 @@ impl Gate for Folder {
 }
 
 /// Opens the disk at `path`, with its extents beside it.
-pub fn open(path: &Path) -> Result<Vmdk> {
+pub(crate) fn open(path: &Path) -> Result<Vmdk> {
     open_with(path, OpenOptions::default())
 }
 
-pub fn open_with(path: &Path, options: OpenOptions) -> Result<Vmdk> {
+pub(crate) fn open_with(path: &Path, options: OpenOptions) -> Result<Vmdk> {
     let device = Arc::new(RawFile::open(path, Access::ReadOnly)?);
     Vmdk::open(
         device,
@@ -39,7 +39,7 @@ pub fn open_with(path: &Path, options: OpenOptions) -> Result<Vmdk> {
 }
 
 /// Everything a small disk holds, checking that what extents call zero is zero.
-pub fn contents(disk: &dyn BlockDevice) -> Result<Vec<u8>> {
+pub(crate) fn contents(disk: &dyn BlockDevice) -> Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(disk.size()).expect("test disks fit into memory")];
     disk.read_at(&mut bytes, 0)?;
     for extent in Extents::new(disk, Span::new(0, u64::MAX)) {
