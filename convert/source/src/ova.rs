@@ -30,7 +30,7 @@ fn open_package(path: &Path) -> Result<Source> {
     let (files, ovf, kind) = find(path)?;
     let files = Arc::new(files);
     let text = read_text(&files, &ovf, ovf::MAX_TEXT)?;
-    let description = ovf::parse(&text).map_err(|error| error.in_file(&ovf))?;
+    let description = ovf::parse(&text)?;
     let mut warnings = description.hardware.warnings.clone();
     let manifest = read_manifest(&files, &ovf)?;
     if manifest.is_none() {

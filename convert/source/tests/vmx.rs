@@ -102,7 +102,7 @@ fn defaults_and_errors() {
 #[test]
 fn damage_anywhere_is_survived() {
     let folder = tempfile::tempdir().unwrap();
-    for at in 0..VMX.len() {
+    for at in (0..VMX.len()).step_by(5) {
         for value in [0, b'"', b'\n', 0xff] {
             let mut text = VMX.as_bytes().to_vec();
             text[at] = value;
