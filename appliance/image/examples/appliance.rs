@@ -71,6 +71,7 @@ fn main() {
     println!("{} modules", manifest.modules.modules.len());
     println!("built in: {}", manifest.modules.built_in.join(" "));
     println!("missing modules: {}", manifest.modules.missing.join(" "));
+    println!("broken modules: {:?}", manifest.modules.broken);
     for tool in manifest.tools.iter().filter(|tool| !tool.present) {
         println!("no {} ({}): {:?}", tool.name, tool.package, tool.problem);
     }

@@ -148,8 +148,11 @@ fn make(
     })?;
     let lost: Vec<_> = TRANSPORT
         .iter()
-        .filter(|(name, required)| *required && modules.missing.iter().any(|m| m == name))
+        .filter(|(_, required)| *required)
         .map(|(name, _)| *name)
+        .filter(|name| {
+            modules.missing.iter().any(|m| m == name) || modules.broken.contains_key(*name)
+        })
         .collect();
     if !lost.is_empty() {
         return Err(Error::unsupported(format!(

@@ -13,7 +13,7 @@ use object::{Object, ObjectSection};
 use serde::{Deserialize, Serialize};
 
 use crate::decompress::{Compression, unpack};
-use crate::error::{Context, Error, Result};
+use crate::error::{Context, Error, ErrorKind, Result};
 
 /// Largest module that is accepted, in bytes; the largest in use has a few MB.
 const MODULE_LIMIT: usize = 128 << 20;
@@ -44,6 +44,9 @@ pub struct Modules {
     pub built_in: Vec<String>,
     /// Wanted modules that this kernel does not have.
     pub missing: Vec<String>,
+    /// Modules that are there but cannot be loaded, with the reason: a lost dependency, a broken
+    /// file.
+    pub broken: BTreeMap<String, String>,
 }
 
 impl Modules {
@@ -94,7 +97,7 @@ impl ModuleTree {
             Err(e) => return Err(Error::io("reading failed", e).in_file(list_path)),
         };
         if files.is_empty() && built_in.is_empty() {
-            return Err(Error::new(crate::ErrorKind::NotFound, "no kernel modules here")
+            return Err(Error::new(ErrorKind::NotFound, "no kernel modules here")
                 .in_file(root)
                 .remedy("name the directory of the kernel's release, such as /lib/modules/6.1.0-1-amd64"));
         }
@@ -116,7 +119,12 @@ impl ModuleTree {
         for name in wanted {
             let name = name.replace('-', "_");
             if self.files.contains_key(&name) {
-                resolution.visit(&name, keep)?;
+                match resolution.visit(&name, keep) {
+                    // One broken module is no reason to do without all others; whoever cannot
+                    // do without this one looks into `broken`.
+                    Err(error) if error.kind() != ErrorKind::Corrupt => return Err(error),
+                    Ok(_) | Err(_) => {}
+                }
             } else if self.built_in.contains(&name) {
                 resolution.found.built_in.push(name);
             } else {
@@ -155,8 +163,27 @@ struct Resolution<'a> {
 }
 
 impl Resolution<'_> {
-    /// Adds `name` behind its dependencies and returns those, in loading order.
+    /// Adds `name` behind its dependencies and returns those, in loading order. A module that
+    /// failed once fails whoever needs it.
     fn visit(
+        &mut self,
+        name: &str,
+        keep: &mut dyn FnMut(&str, &[u8]) -> Result<()>,
+    ) -> Result<Vec<String>> {
+        if let Some(why) = self.found.broken.get(name) {
+            return Err(Error::corrupt(why.clone()));
+        }
+        let visited = self.visit_new(name, keep);
+        if let Err(error) = &visited
+            && error.kind() == ErrorKind::Corrupt
+        {
+            self.done.remove(name);
+            self.found.broken.insert(name.to_owned(), error.to_string());
+        }
+        visited
+    }
+
+    fn visit_new(
         &mut self,
         name: &str,
         keep: &mut dyn FnMut(&str, &[u8]) -> Result<()>,
@@ -187,7 +214,11 @@ impl Resolution<'_> {
                 }
                 continue;
             };
-            for needed in self.visit(&dependency, keep)?.into_iter().chain([dependency]) {
+            let first = match self.visit(&dependency, keep) {
+                Err(error) if !hard && error.kind() == ErrorKind::Corrupt => continue,
+                first => first?,
+            };
+            for needed in first.into_iter().chain([dependency]) {
                 if needed != name && !before.contains(&needed) {
                     before.push(needed);
                 }
@@ -389,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn soft_cycles_end_and_a_lost_hard_dependency_is_an_error() {
+    fn soft_cycles_end_and_a_lost_hard_dependency_breaks_its_users() {
         let (_dir, cyclic) = tree(&[
             ("a.ko", "softdep=pre: b post: c\0"),
             ("b.ko", "softdep=pre: a\0depends=fuse\0"),
@@ -398,9 +429,20 @@ mod tests {
         let order: Vec<_> = found.modules.iter().map(|m| m.name.as_str()).collect();
         assert_eq!(order, ["b", "a"]);
 
-        let (_dir, lost) = tree(&[("a.ko", "depends=gone\0")]);
-        let error = lost.resolve(["a"], &mut |_, _| Ok(())).unwrap_err();
-        assert_eq!(error.message(), "module a needs gone, which is neither a module nor built in");
+        let (_dir, lost) = tree(&[
+            ("a.ko", "depends=gone\0"),
+            ("b.ko", "depends=a\0"),
+            ("c.ko", "softdep=pre: a\0"),
+        ]);
+        let found = lost.resolve(["a", "b", "c"], &mut |_, _| Ok(())).unwrap();
+        let order: Vec<_> = found.modules.iter().map(|m| m.name.as_str()).collect();
+        assert_eq!(order, ["c"]);
+        assert!(found.modules[0].dependencies.is_empty());
+        assert_eq!(found.broken.keys().collect::<Vec<_>>(), ["a", "b"]);
+        assert!(
+            found.broken["a"]
+                .ends_with("module a needs gone, which is neither a module nor built in")
+        );
     }
 
     #[test]

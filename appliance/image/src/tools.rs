@@ -5,8 +5,8 @@
 //! Layout: `tools.squashfs` and `tools.json`. Inside, beside the programs at the host's own paths:
 //!
 //! - `/lib/modules/RELEASE/NAME.ko`
-//! - `/lib/modules/index`: a line `NAME: PATH DEPENDENCY...` for each module, dependencies in
-//!   loading order; `NAME: builtin` for what is in the kernel;
+//! - `/lib/modules/index`: a line `NAME: PATH DEPENDENCY-PATH...` for each module, dependencies in
+//!   loading order; what is built into the kernel has no line;
 //! - `/lib/modules/aliases`: a line `ALIAS NAME` for each name that the kernel may ask for.
 
 use std::fmt::Write;
@@ -201,15 +201,12 @@ fn put_modules(tree: &mut Tree, kernel: &Kernel, files: &Path) -> Result<()> {
         )?;
         let _ = write!(index, "{name}: /lib/modules/{release}/{name}.ko");
         for dependency in &module.dependencies {
-            let _ = write!(index, " {dependency}");
+            let _ = write!(index, " /lib/modules/{release}/{dependency}.ko");
         }
         index.push('\n');
         for alias in &module.aliases {
             let _ = writeln!(aliases, "{alias} {name}");
         }
-    }
-    for name in &kernel.info.modules.built_in {
-        let _ = writeln!(index, "{name}: builtin");
     }
     for (file, text) in [("index", index), ("aliases", aliases)] {
         let content = Content::Bytes(text.into_bytes());

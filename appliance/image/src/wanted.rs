@@ -2,7 +2,7 @@
 //! What goes into the appliance: kernel modules, programs and the packages that bring them.
 
 /// Counts up whenever the layout of the appliance changes, so that old caches are not used.
-pub(crate) const BUILDER_VERSION: u32 = 1;
+pub(crate) const BUILDER_VERSION: u32 = 2;
 
 /// Modules that the initramfs needs to reach the tools image and the host. Loaded by the agent in
 /// dependency order before anything else.
