@@ -43,7 +43,9 @@ pub(crate) enum Failure {
     Setup { what: &'static str, error: std::io::Error },
     #[error("the guest's ring 0 does not work: {how} after step \"{after}\"")]
     Emulation { after: &'static str, how: String },
-    #[error("a ring-0 loop takes {0:.0} ns a turn, expected at most 60: instructions are emulated")]
+    #[error(
+        "a ring-0 loop takes {0:.0} ns a turn, expected at most 200: instructions are emulated"
+    )]
     Slow(f64),
     #[error("the guest did not finish in {limit:?}, it got as far as \"{after}\"")]
     TimedOut { after: &'static str, limit: Duration },

@@ -158,7 +158,7 @@ fn damaged_requests_are_answered_with_whole_replies() {
     let limits = Limits { requests: 2, ..Limits::default() };
     let mut dice = Dice(0xfeed_5678_9abc_def1);
     let mut replies = 0;
-    for round in 0..ROUNDS / 8 {
+    for round in 0..ROUNDS / 12 {
         let mut bytes = whole.clone();
         if round > 0 {
             dice.damage(&mut bytes);
@@ -175,7 +175,7 @@ fn damaged_requests_are_answered_with_whole_replies() {
         let sent = output.0.lock().unwrap();
         replies += if round % 2 == 0 { whole_replies(&sent) } else { 1 };
     }
-    assert!(replies > 1000, "{replies} replies");
+    assert!(replies > 500, "{replies} replies");
     assert_eq!(device.size(), 1 << 20);
 }
 

@@ -131,13 +131,16 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
 
     /// Starts another worker if nobody is left to read.
     fn hire<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
-        if self.readers.load(Ordering::Relaxed) > 0
-            || self.over.load(Ordering::Relaxed)
-            || self.workers.load(Ordering::Relaxed) >= self.limits.requests
-        {
+        if self.readers.load(Ordering::Relaxed) > 0 || self.over.load(Ordering::Relaxed) {
             return;
         }
-        self.workers.fetch_add(1, Ordering::Relaxed);
+        let one_more = |workers: usize| {
+            workers.checked_add(1).filter(|workers| *workers <= self.limits.requests)
+        };
+        let order = Ordering::Relaxed;
+        if self.workers.fetch_update(order, order, one_more).is_err() {
+            return;
+        }
         let builder = Builder::new().name("nbd worker".to_owned());
         if let Err(error) = builder.spawn_scoped(scope, move || self.work(scope)) {
             // This worker reads on by itself as soon as it has answered.

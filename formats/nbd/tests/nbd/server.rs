@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The socket's life, and clients that come, stay and misbehave.
 
+use crate::client::Reply;
 use crate::client::{ACK, Client, export, header, info, sample, serve, serve_one};
+use crate::transmission::rigged;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -66,6 +68,41 @@ fn stopping_ends_idle_clients_and_unfinished_handshakes() {
     place.running.stop().unwrap();
     assert!(idle.is_closed());
     assert!(unfinished.is_closed());
+}
+
+#[test]
+fn stopping_answers_what_is_in_flight_and_flushes() {
+    let device = rigged(None, false);
+    let place = serve_one(device.clone());
+    let mut client = place.connect();
+    client.go(true);
+    client.request(0, 0, 0, 512);
+    // The second request shows that the first one has been read.
+    client.request(0, 0, 4096, 512);
+    assert!(matches!(client.reply(), Reply::Chunk { done: true, .. }));
+    let stopping = std::thread::spawn(move || place.running.stop());
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!device.was_flushed() && !stopping.is_finished());
+    device.open();
+    assert!(matches!(client.reply(), Reply::Chunk { done: true, kind: 1, .. }));
+    stopping.join().unwrap().unwrap();
+    assert!(device.was_flushed());
+    assert!(client.is_closed());
+}
+
+#[test]
+fn a_device_that_hangs_does_not_keep_the_server_from_stopping() {
+    let device = rigged(None, false);
+    let limits = Limits { stop: Duration::from_millis(100), ..Limits::default() };
+    let place = serve(vec![export("vda", device.clone())], limits);
+    let mut client = place.connect();
+    client.go(true);
+    client.request(0, 0, 0, 512);
+    client.request(0, 0, 4096, 512);
+    client.reply();
+    assert_eq!(place.running.stop().unwrap_err().kind(), ErrorKind::Busy);
+    assert!(client.is_closed());
+    device.open();
 }
 
 #[test]

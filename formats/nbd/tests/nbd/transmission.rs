@@ -19,7 +19,7 @@ const STATUS: u16 = 7;
 
 /// A device in memory that fails, waits or counts where a test wants it to.
 #[derive(Debug)]
-struct Rigged {
+pub(crate) struct Rigged {
     inner: Arc<MemoryDevice>,
     /// Reads of this byte fail.
     bad: Option<u64>,
@@ -29,7 +29,7 @@ struct Rigged {
     flushed: AtomicBool,
 }
 
-fn rigged(bad: Option<u64>, open: bool) -> Arc<Rigged> {
+pub(crate) fn rigged(bad: Option<u64>, open: bool) -> Arc<Rigged> {
     Arc::new(Rigged {
         inner: sample(),
         bad,
@@ -37,6 +37,17 @@ fn rigged(bad: Option<u64>, open: bool) -> Arc<Rigged> {
         opened: Condvar::new(),
         flushed: AtomicBool::new(false),
     })
+}
+
+impl Rigged {
+    pub(crate) fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    pub(crate) fn was_flushed(&self) -> bool {
+        self.flushed.load(Ordering::SeqCst)
+    }
 }
 
 impl BlockDevice for Rigged {
@@ -240,8 +251,7 @@ fn a_slow_read_does_not_hold_up_the_next() {
         other => panic!("{other:?}"),
     };
     assert_eq!(cookie(client.reply()), 2);
-    *device.open.lock().unwrap() = true;
-    device.opened.notify_all();
+    device.open();
     assert_eq!(cookie(client.reply()), 1);
 }
 
@@ -252,11 +262,11 @@ fn fua_and_flush_reach_the_device() {
     let mut client = place.connect();
     client.go(false);
     assert_eq!(write(&mut client, 0, 0, b"x"), 0);
-    assert!(!device.flushed.load(Ordering::SeqCst));
+    assert!(!device.was_flushed());
     assert_eq!(write(&mut client, 1, 0, b"x"), 0);
     assert!(device.flushed.swap(false, Ordering::SeqCst));
     assert_eq!(client.errno(0, FLUSH, 0, 0), 0);
-    assert!(device.flushed.load(Ordering::SeqCst));
+    assert!(device.was_flushed());
 }
 
 #[test]
