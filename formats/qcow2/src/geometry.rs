@@ -213,7 +213,7 @@ mod tests {
             (0x50001 | COPIED, Mapping::Zero { reserved: Some(host(true)) }),
             (0x50000, Mapping::Data(host(false))),
             // 64 KiB clusters: bits 54 to 61 count the additional sectors.
-            (COMPRESSED | 3 << 54 | 0x1234, Mapping::Compressed { start: 0x1234, len: 1484 }),
+            (COMPRESSED | 3 << 54 | 0x1234, Mapping::Compressed { start: 0x1234, len: 1996 }),
         ];
         for (entry, expected) in table {
             assert_eq!(geometry(16, 3).mapping(entry, 0).unwrap(), expected, "{entry:#x}");

@@ -311,22 +311,28 @@ impl Qcow2 {
             let (mapping, count) = metadata.run(&self.file, next, left)?;
             // What lies under a cluster without its own data: zeroes, or a backing image.
             let covers = self.backing_from(self.geometry.offset(next)).is_some();
+            let is_blank = match mapping {
+                Mapping::Unallocated => !covers,
+                Mapping::Zero { reserved } => reserved.is_none() || mode == Zeroing::KeepAllocated,
+                Mapping::Data(_) | Mapping::Compressed { .. } => false,
+            };
+            if is_blank {
+                next = next.saturating_add(count);
+                continue;
+            }
             let blank = if self.header.version >= 3 { ZERO } else { 0 };
             for number in 0..count {
                 let (_, index) = self.geometry.l1_l2(next.saturating_add(number));
-                let change = match (mapping, mode) {
-                    (Mapping::Unallocated, _) if !covers => None,
-                    (Mapping::Zero { reserved: None }, _)
-                    | (Mapping::Zero { reserved: Some(_) }, Zeroing::KeepAllocated) => None,
+                let (entry, free) = match (mapping, mode) {
                     (Mapping::Data(host), Zeroing::KeepAllocated) if blank == ZERO => {
                         let offset = host.offset.saturating_add(self.geometry.offset(number));
                         let copied = if host.copied { COPIED } else { 0 };
-                        Some((offset | copied | ZERO, false))
+                        (offset | copied | ZERO, false)
                     }
-                    (Mapping::Unallocated, _) => Some((blank, false)),
-                    _ => Some((blank, true)),
+                    (Mapping::Unallocated, _) => (blank, false),
+                    _ => (blank, true),
                 };
-                changes.extend(change.map(|(entry, free)| (index, entry, free)));
+                changes.push((index, entry, free));
             }
             next = next.saturating_add(count);
         }

@@ -64,7 +64,7 @@ fn verify(image: &Qcow2, model: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn same_bytes_as_memory(
         ((bits, size, backing), ops) in shape().prop_flat_map(|shape| {
@@ -96,7 +96,7 @@ proptest! {
 
 #[test]
 fn threads_that_share_clusters_lose_nothing() {
-    const SIZE: u64 = 4 << 20;
+    const SIZE: u64 = 1 << 20;
     const THREADS: usize = 4;
     const PIECE: usize = 1536;
     let storage: Arc<dyn Storage> = in_memory(SIZE, 14);
@@ -130,7 +130,6 @@ fn readers_never_see_bytes_of_clusters_that_changed_hands() {
     const CLUSTERS: u64 = 64;
     let storage: Arc<dyn Storage> = in_memory(CLUSTERS << 12, 12);
     let image = open(&storage, None);
-    let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             for round in 0..400_u64 {
@@ -140,18 +139,15 @@ fn readers_never_see_bytes_of_clusters_that_changed_hands() {
                 image.discard(Span::new((round * 17 % CLUSTERS) << 12, 4096)).unwrap();
                 image.flush().unwrap();
             }
-            done.store(true, std::sync::atomic::Ordering::Release);
         });
-        scope.spawn(|| {
-            let mut buf = [0; 4096];
-            while !done.load(std::sync::atomic::Ordering::Acquire) && !writer.is_finished() {
-                for cluster in 0..CLUSTERS {
-                    image.read_at(&mut buf, cluster << 12).unwrap();
-                    let own = cluster as u8 + 1;
-                    assert!(buf.iter().all(|byte| *byte == 0 || *byte == own));
-                }
+        let mut buf = [0; 4096];
+        while !writer.is_finished() {
+            for cluster in 0..CLUSTERS {
+                image.read_at(&mut buf, cluster << 12).unwrap();
+                let own = cluster as u8 + 1;
+                assert!(buf.iter().all(|byte| *byte == 0 || *byte == own));
             }
-        });
+        }
     });
     assert_eq!(image.check().unwrap().corruptions, 0);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the tests share: making images, reading them, and asking qemu-img.
-#![allow(dead_code, clippy::cast_possible_truncation)]
+#![allow(dead_code, unreachable_pub, clippy::cast_possible_truncation)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
