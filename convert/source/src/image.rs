@@ -5,6 +5,7 @@ use crate::files::Files;
 use crate::{Error, Result};
 use std::sync::Arc;
 use tranship_block::BlockDevice;
+use tranship_qcow2::Qcow2;
 use tranship_vmdk::{OpenOptions, Vmdk};
 
 /// The format of the image in `device`, told by its first bytes; `raw` if they say nothing.
@@ -24,11 +25,17 @@ pub(crate) fn probe(device: &dyn BlockDevice) -> Result<&'static str> {
 /// The guest's bytes of the image called `name`.
 pub(crate) fn open(files: &Files, name: &str, format: &str) -> Result<Arc<dyn BlockDevice>> {
     let device = files.open(name)?;
-    match format {
+    let opened: tranship_block::Result<Arc<dyn BlockDevice>> = match format {
         "raw" => Ok(device),
         "vmdk" => Vmdk::open(device, files, OpenOptions::default())
-            .map(|disk| -> Arc<dyn BlockDevice> { Arc::new(disk) })
-            .map_err(|error| Error::disk(format!("cannot open disk {name:?}"), error)),
-        _ => Err(Error::unsupported(format!("disk {name:?} has format {format}"))),
-    }
+            .map(|disk| -> Arc<dyn BlockDevice> { Arc::new(disk) }),
+        "qcow2" => Qcow2::open_read_only(device, None)
+            .map(|disk| -> Arc<dyn BlockDevice> { Arc::new(disk) }),
+        _ => {
+            return Err(Error::unsupported(format!(
+                "disk {name:?} has format {format:?}, expected raw, qcow2 or vmdk"
+            )));
+        }
+    };
+    opened.map_err(|error| Error::disk(format!("cannot open disk {name:?}"), error))
 }

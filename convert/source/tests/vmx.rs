@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "handmade files are known")]
 
 use std::path::Path;
+use std::process::Command;
 use tranship_block::BlockDevice;
 use tranship_source::{
     Controller, ErrorKind, Firmware, NetworkKind, RemovableKind, Source, SourceKind, open_disks,
@@ -126,4 +127,21 @@ fn plain_disks_get_a_default_guest() {
     assert_eq!(open_disks(&[], None).unwrap_err().kind(), ErrorKind::Usage);
     let gone = [folder.path().join("gone")];
     assert_eq!(open_disks(&gone, None).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_plain_qcow2_disk_is_told_by_its_content() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web.img");
+    let create = ["create", "-q", "-f", "qcow2"];
+    let made = Command::new("qemu-img").args(create).arg(&path).arg("3M").status();
+    if made.is_err() {
+        return eprintln!("skipped: qemu-img is not installed");
+    }
+    let source = open_disks(std::slice::from_ref(&path), None).unwrap();
+    assert_eq!(source.disks[0].format, "qcow2");
+    assert_eq!(source.disks[0].open().unwrap().size(), 3 << 20);
+    assert!(source.warnings.is_empty(), "{:?}", source.warnings);
+    let named = open_disks(&[path], Some("vhdx")).unwrap();
+    assert_eq!(named.disks[0].open().unwrap_err().kind(), ErrorKind::Unsupported);
 }
