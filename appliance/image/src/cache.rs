@@ -128,11 +128,16 @@ impl Cache {
             other => other,
         }
         .context("locking", &path)?;
-        // Temporary directories are made under the lock only: all that exist now are orphans.
+        // Temporary names are made under the lock only: all that exist now are orphans.
         for entry in fs::read_dir(&self.root).context("listing", &self.root)?.flatten() {
             if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
                 let orphan = entry.path();
-                fs::remove_dir_all(&orphan).context("removing", &orphan)?;
+                let removed = if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    fs::remove_dir_all(&orphan)
+                } else {
+                    fs::remove_file(&orphan)
+                };
+                removed.context("removing", &orphan)?;
             }
         }
         Ok(Lock { _file: file })
@@ -193,8 +198,10 @@ impl Cache {
         value: &T,
     ) -> Result<()> {
         let path = self.file(name);
-        let mut file =
-            tempfile::NamedTempFile::new_in(&self.root).context("creating a file", &self.root)?;
+        let mut file = tempfile::Builder::new()
+            .prefix(TEMPORARY)
+            .tempfile_in(&self.root)
+            .context("creating a file", &self.root)?;
         write_json(file.as_file_mut(), value).map_err(|e| e.in_file(&path))?;
         file.persist(&path).map_err(|e| e.error).context("renaming", &path)?;
         Ok(())
@@ -295,12 +302,13 @@ mod tests {
         let orphan = dir.path().join("tmp-dead");
         let lock = cache.lock(&|_| ()).unwrap();
         fs::create_dir(&orphan).unwrap();
+        fs::write(dir.path().join("tmp-file"), "x").unwrap();
         let (to, waiting) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             let other = scope.spawn(|| {
                 let cache = Cache::open(dir.path()).unwrap();
                 let lock = cache.lock(&|event| to.send(event).unwrap()).unwrap();
-                assert!(!orphan.exists());
+                assert!(!orphan.exists() && !dir.path().join("tmp-file").exists());
                 drop(lock);
             });
             assert!(matches!(waiting.recv().unwrap(), Event::Waiting));

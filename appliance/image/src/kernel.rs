@@ -85,8 +85,18 @@ pub(crate) fn from_package(
     let work = cache.temporary(lock)?;
     let unpacked = package::fetch(work.path(), progress)?;
     let key = key_of(&unpacked.source);
-    let made =
-        make(cache, lock, &key, &unpacked.source, &unpacked.kernel, &unpacked.modules, progress)?;
+    let made = match load(cache, &key) {
+        Some(same) => same,
+        None => make(
+            cache,
+            lock,
+            &key,
+            &unpacked.source,
+            &unpacked.kernel,
+            &unpacked.modules,
+            progress,
+        )?,
+    };
     cache.write_json(lock, PACKAGE_POINTER, &key)?;
     Ok(made)
 }
