@@ -7,7 +7,7 @@ use crate::draft::Draft;
 use crate::initramfs::Initramfs;
 use crate::machine::MachineFacts;
 use crate::plan::AppendInitramfs;
-use crate::tables::resume_device;
+use crate::tables::{crypt_devices, resume_device};
 use std::collections::{BTreeMap, BTreeSet};
 use tranship_inspect::{Error, ErrorKind, FileKind, GuestTree, Kernel, ModuleIndex, Result};
 use tranship_protocol::GuestPath;
@@ -117,6 +117,9 @@ pub(crate) fn addition(
     }))
 }
 
+/// Gives the devices that a file names their new names.
+type Rename = fn(&[u8], &MachineFacts) -> Vec<u8>;
+
 /// Files that have to be replaced or added inside.
 fn files(
     inside: &Initramfs,
@@ -124,11 +127,14 @@ fn files(
     wanted: &Wanted<'_>,
 ) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
-    let resume = "conf/conf.d/resume";
-    if let Some(old) = inside.content(resume) {
-        let new = resume_device(old, wanted.machine);
-        if new != old {
-            files.insert(resume.to_owned(), new);
+    let tables: [(&str, Rename); 2] =
+        [("conf/conf.d/resume", resume_device), ("cryptroot/crypttab", crypt_devices)];
+    for (path, renamed) in tables {
+        if let Some(old) = inside.content(path) {
+            let new = renamed(old, wanted.machine);
+            if new != old {
+                files.insert(path.to_owned(), new);
+            }
         }
     }
     // Where the network driver is inside already, the name is given there.

@@ -33,7 +33,7 @@ pub(crate) struct Initramfs {
 /// Paths whose contents are kept.
 fn is_kept(name: &[u8]) -> bool {
     name == b"conf/conf.d/resume"
-        || name == b"conf/param.conf"
+        || name == b"cryptroot/crypttab"
         || (name.starts_with(b"etc/systemd/network/") && name.ends_with(b".link"))
 }
 

@@ -48,6 +48,18 @@ fn renamed(
     replaced(content, &edits)
 }
 
+/// Replaces the devices of a `crypttab` without a word about unknown ones.
+pub(crate) fn crypt_devices(content: &[u8], machine: &MachineFacts) -> Vec<u8> {
+    let edits: Vec<_> = parse_crypttab(content)
+        .into_iter()
+        .filter_map(|volume| match named(&volume.device, machine) {
+            Named::Moves(moves) => Some((volume.device_at, moves.stable_name())),
+            Named::Lost | Named::Stays => None,
+        })
+        .collect();
+    replaced(content, &edits)
+}
+
 /// Replaces the device in `RESUME=/dev/...` lines.
 pub(crate) fn resume_device(content: &[u8], machine: &MachineFacts) -> Vec<u8> {
     let mut edits = Vec::new();

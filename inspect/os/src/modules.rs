@@ -40,10 +40,7 @@ impl ModuleIndex {
     fn add_dependencies(&mut self, text: &str) {
         for line in text.lines() {
             let Some((path, needs)) = line.split_once(':') else { continue };
-            // Older indexes hold absolute paths.
-            let path = path.trim();
-            let below =
-                path.find("/kernel/").map_or(path, |at| path.split_at(at.saturating_add(1)).1);
+            let Some(below) = path_below(path.trim()) else { continue };
             let name = module_name(path);
             self.needs.insert(name.clone(), needs.split_whitespace().map(module_name).collect());
             self.paths.insert(name, below.to_owned());
@@ -89,6 +86,17 @@ impl ModuleIndex {
     }
 }
 
+/// The path below the modules directory. Older indexes hold absolute paths; one that leads
+/// anywhere else is no module of this kernel.
+fn path_below(path: &str) -> Option<&str> {
+    let below = match path.strip_prefix('/') {
+        Some(absolute) => absolute.split_once("lib/modules/")?.1.split_once('/')?.1,
+        None => path,
+    };
+    let plain = |part: &str| !matches!(part, "" | "." | "..");
+    below.split('/').all(plain).then_some(below)
+}
+
 /// The name by which a module is known: without directory and endings, `-` as `_`.
 pub fn module_name(path: &str) -> String {
     let file = path.trim().rsplit('/').next().unwrap_or_default();
@@ -116,7 +124,7 @@ mod tests {
             "kernel/a/virtio-blk.ko.xz: kernel/b/virtio.ko kernel/c/loop.ko\n\
              kernel/b/virtio.ko:\n\
              /lib/modules/6.1/kernel/c/loop.ko: kernel/a/virtio-blk.ko.xz\n\
-             no colon\n",
+             no colon\n../../../etc/shadow.ko:\n/etc/passwd.ko:\nkernel/..//x.ko:\n",
         );
         index.add_builtin("kernel/drivers/virtio/virtio_ring.ko\n");
         index.add_soft_dependencies("softdep virtio_blk pre: virtio post: absent\n# x\n");
@@ -141,5 +149,8 @@ mod tests {
         assert_eq!(closure.into_iter().collect::<Vec<_>>(), ["loop", "virtio", "virtio_blk"]);
         assert!(index().is_builtin("virtio-ring"));
         assert_eq!(index().path("loop"), Some("kernel/c/loop.ko"));
+        for outside in ["shadow", "passwd", "x"] {
+            assert_eq!(index().path(outside), None, "{outside}");
+        }
     }
 }

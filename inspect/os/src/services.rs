@@ -47,7 +47,7 @@ const KNOWN: &[Known] = &[
             "vgauth",
             "vgauthd",
             "vmware-tools*",
-            "run-vmblock-fuse",
+            "run-vmblock*",
         ],
     },
     Known {
