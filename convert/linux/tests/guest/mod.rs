@@ -86,14 +86,14 @@ impl Guest {
         guest.write(&format!("boot/config-{KERNEL}"), b"CONFIG_VIRTIO_BLK=m\n");
         guest.write(&format!("boot/initrd.img-{KERNEL}"), &initramfs(true, true, &[]));
         let modules = format!("usr/lib/modules/{KERNEL}");
-        let mut dep = String::new();
+        let mut dep = Vec::new();
         for (name, needs) in MODULES {
             guest.write(&format!("{modules}/kernel/{name}.ko"), name.repeat(300).as_bytes());
             let needs: Vec<String> =
                 needs.split_whitespace().map(|need| format!("kernel/{need}.ko")).collect();
-            dep.push_str(&format!("kernel/{name}.ko: {}\n", needs.join(" ")));
+            dep.push(format!("kernel/{name}.ko: {}\n", needs.join(" ")));
         }
-        guest.write(&format!("{modules}/modules.dep"), dep.as_bytes());
+        guest.write(&format!("{modules}/modules.dep"), dep.concat().as_bytes());
         guest.write(&format!("{modules}/modules.alias.bin"), b"\x01alias\0");
         guest.write(&format!("{modules}/modules.builtin"), b"kernel/drivers/ata/libata.ko\n");
         guest
