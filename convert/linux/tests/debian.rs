@@ -376,3 +376,58 @@ fn given_packages_are_copied_in_and_strange_names_are_not() {
         _ => true,
     }));
 }
+
+#[test]
+fn guests_without_systemd_get_rules_and_rc_links_instead() {
+    let guest = Guest::new();
+    for path in ["usr/sbin/init", "usr/lib/systemd/systemd"] {
+        guest.remove(path);
+    }
+    guest.write("usr/sbin/init", b"sysvinit");
+    guest.write("etc/inittab", b"# hvc0 is Xen's\nco:2345:respawn:/sbin/getty hvc0 9600 linux\n");
+    guest.write("etc/init.d/open-vm-tools", b"#!/bin/sh\n");
+    guest.write("etc/rc2.d/S02open-vm-tools", b"#!/bin/sh\n");
+    guest.write("etc/rc2.d/S02ssh", b"#!/bin/sh\n");
+    let plan = planned(&guest, &guest::machine(), &Options::default());
+    assert_eq!(
+        content(&plan, "/etc/inittab"),
+        "# hvc0 is Xen's\nco:2345:respawn:/sbin/getty ttyS0 9600 linux\n"
+    );
+    let rules = content(&plan, "/etc/udev/rules.d/70-persistent-net.rules");
+    assert!(rules.contains(&format!("ATTR{{address}}==\"{MAC}\"")), "{rules}");
+    assert!(rules.contains("NAME=\"ens192\"\n"), "{rules}");
+    let text = plan.to_string();
+    assert!(text.contains("remove /etc/rc2.d/S02open-vm-tools\n"), "{text}");
+    assert!(!text.contains("S02ssh"), "{text}");
+    assert!(
+        text.contains("link /etc/rc2.d/S99tranship-firstboot to ../init.d/tranship-firstboot\n")
+    );
+    apply(&plan, &guest.tree(), &|_, _| {}).unwrap();
+    let second = planned(&guest, &guest::machine(), &Options::default());
+    assert!(second.is_empty(), "{second}");
+}
+
+#[test]
+fn names_of_the_kernel_are_left_alone_for_a_single_card() {
+    let guest = Guest::new();
+    guest.write("etc/network/interfaces", b"iface eth0 inet dhcp\n");
+    let linked = |guest: &Guest| {
+        let plan = planned(guest, &guest::machine(), &Options::default());
+        plan.to_string().contains("10-tranship-eth0.link")
+    };
+    // With predictable names the card would be called otherwise on KVM.
+    assert!(linked(&guest));
+    let grub = String::from_utf8(guest.read("boot/grub/grub.cfg")).unwrap();
+    guest.write("boot/grub/grub.cfg", grub.replace("quiet", "net.ifnames=0").as_bytes());
+    assert!(!linked(&guest));
+}
+
+#[test]
+fn old_udev_goes_by_the_current_address_and_the_driver() {
+    let guest = Guest::new();
+    guest.remove("usr/lib/systemd/libsystemd-shared-252.so");
+    guest.write("usr/lib/systemd/libsystemd-shared-241.so", b"");
+    let plan = planned(&guest, &guest::machine(), &Options::default());
+    let link = content(&plan, "/etc/systemd/network/10-tranship-ens192.link");
+    assert!(link.contains(&format!("[Match]\nMACAddress={MAC}\nDriver=virtio_net\n")), "{link}");
+}
