@@ -64,7 +64,7 @@ fn verify(image: &Qcow2, model: &[u8]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
     #[test]
     fn same_bytes_as_memory(
         ((bits, size, backing), ops) in shape().prop_flat_map(|shape| {
@@ -96,7 +96,7 @@ proptest! {
 
 #[test]
 fn threads_that_share_clusters_lose_nothing() {
-    const SIZE: u64 = 1 << 20;
+    const SIZE: u64 = 512 << 10;
     const THREADS: usize = 4;
     const PIECE: usize = 1536;
     let storage: Arc<dyn Storage> = in_memory(SIZE, 14);
@@ -132,7 +132,7 @@ fn readers_never_see_bytes_of_clusters_that_changed_hands() {
     let image = open(&storage, None);
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
-            for round in 0..400_u64 {
+            for round in 0..200_u64 {
                 // Each cluster holds its own number or zeroes.
                 let cluster = round * 31 % CLUSTERS;
                 image.write_at(&[cluster as u8 + 1; 4096], cluster << 12).unwrap();

@@ -121,7 +121,7 @@ fn run(bits: u32, size: u64, backing: Option<Arc<dyn BlockDevice>>, seed: u64) {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (random >> 33) % limit
     };
-    for step in 0..40 {
+    for step in 0..24 {
         let at = next(size);
         let len = (next(3 << bits) + 1).min(size - at);
         let cluster = 1 << bits;
