@@ -4,7 +4,7 @@
 //! A storage double logs what reaches it. The log is then cut at every point. Writes
 //! after the last flush before the cut may have reached the disk or not, in any order:
 //! besides all of them, random subsets of them are tried.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
 mod support;
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The sample disks, if `TRANSHIP_SAMPLES` names the folder that has them: images of
 //! other writers read as recorded, hostile ones are refused or do no harm.
+#![allow(clippy::unwrap_used)]
 
 use sha2::{Digest, Sha256};
 use std::path::Path;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the tests share: making images, reading them, and asking qemu-img.
-#![allow(dead_code, unreachable_pub, clippy::cast_possible_truncation)]
+// Outside of #[test] functions clippy does not know that this is a test.
+#![allow(dead_code, unreachable_pub, clippy::cast_possible_truncation, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
