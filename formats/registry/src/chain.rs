@@ -18,7 +18,7 @@ const DEEPEST: usize = 64;
 pub struct OpenOptions {
     /// The format of the first image; guessed if it is not given.
     pub format: Option<Format>,
-    /// Refuse writes. Images below the first are never written.
+    /// Refuse writes. Images below the first, and VMDK disks, are never written.
     pub read_only: bool,
     /// Folders, besides the image's own, in which images may ask for files.
     pub allowed: Vec<PathBuf>,
@@ -57,7 +57,6 @@ pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
     walk.remember(&file)?;
     let file = Arc::new(file);
     let format = walk.first_format(&file, path)?;
-    // VMDK disks cannot be written, so their file need not be writable in vain.
     let storage: Option<Arc<dyn Storage>> =
         if options.read_only { None } else { Some(file.clone()) };
     let place = Place::Folder(FolderGate::beside(path, &options.allowed));

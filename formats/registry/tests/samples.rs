@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use sha2::{Digest, Sha256};
+use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 use tranship_block::{BlockDevice, Extents, Result, Span};
@@ -42,7 +43,10 @@ fn digest(device: &dyn BlockDevice) -> Result<String> {
             }
         }
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash.finalize().iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").unwrap();
+        text
+    }))
 }
 
 fn unpack(samples: &Path, folder: &Path, row: &serde_json::Value) {
