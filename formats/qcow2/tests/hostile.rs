@@ -165,7 +165,7 @@ fn a_stream_may_not_inflate_to_more_or_less_than_its_cluster() {
 fn write(image: Vec<u8>) -> tranship_block::Result<()> {
     let storage: Arc<dyn Storage> = Arc::new(MemoryDevice::new(image));
     let image = Qcow2::open(storage, OpenOptions::default())?;
-    image.write_at(&[9; 65_536], 0)?;
+    image.write_at(&vec![9; 65_536], 0)?;
     image.write_at(&[9; 1000], 900_000)?;
     image.discard(Span::new(0, 1 << 20))?;
     image.flush()

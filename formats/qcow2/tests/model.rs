@@ -188,7 +188,7 @@ fn extents_tell_the_layer_and_the_place() {
     let storage: Arc<dyn Storage> = in_memory(1 << 20, 16);
     let base = Arc::new(MemoryDevice::read_only(pattern(200_000, 1)));
     let image = open(&storage, Some(base));
-    image.write_at(&[1; 65_536], 65_536).unwrap();
+    image.write_at(&vec![1; 65_536], 65_536).unwrap();
     image.write_zeroes(Span::new(131_072, 65_536), Zeroing::MayUnmap).unwrap();
     let kinds: Vec<_> = [0, 65_536 + 10, 131_072, 262_144]
         .map(|offset| image.extent_at(offset).unwrap())
