@@ -60,5 +60,22 @@ pub enum Event {
     },
 }
 
+impl std::fmt::Display for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Waiting => f.write_str("waiting for another process that builds it"),
+            Self::Downloading { package } => write!(f, "downloading {package}"),
+            Self::Extracting { package } => write!(f, "unpacking {package}"),
+            Self::Packing { what } => write!(f, "packing the {what}"),
+            Self::UsingImported { because } => {
+                write!(
+                    f,
+                    "using the imported appliance, since there is no kernel package: {because}"
+                )
+            }
+        }
+    }
+}
+
 /// Where a build reports to.
 pub type Progress<'a> = dyn Fn(Event) + 'a;

@@ -42,6 +42,7 @@ pub fn open_disks(paths: &[PathBuf], format: Option<&str>) -> Result<Source> {
             mac: None,
             network: NetworkKind::Network("default".into()),
             model: None,
+            slot: None,
         }],
         removables: Vec::new(),
         sound: None,
@@ -70,7 +71,7 @@ fn open_disk(
     let format = if let Some(format) = format {
         format.to_owned()
     } else {
-        let probed = image::probe(&*files.open(name)?)?;
+        let probed = image::probe(&*files.open(name)?, name)?;
         if probed == "raw" {
             warnings.push(format!("no format is given for {name:?}; it is taken as raw"));
         }

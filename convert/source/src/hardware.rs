@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The virtual hardware section of an OVF: items of CIM resource types.
 
-use crate::ovf::{attribute, child, child_text};
+use crate::ovf::{attribute, child, child_text, children};
 use crate::{
     Controller, CpuTopology, Error, Firmware, NetworkKind, Removable, RemovableKind, Result,
     SourceNic,
@@ -51,6 +51,14 @@ struct Item {
     connection: Option<String>,
     address: Option<String>,
     cores_per_socket: Option<u32>,
+    slot: Option<u32>,
+}
+
+/// VMware's `<vmw:Config vmw:key="slotInfo.pciSlotNumber" vmw:value="192"/>`.
+fn pci_slot(node: Node<'_, '_>) -> Option<u32> {
+    children(node, "Config")
+        .find(|config| attribute(*config, "key") == Some("slotInfo.pciSlotNumber"))
+        .and_then(|config| attribute(config, "value")?.parse().ok())
 }
 
 impl Item {
@@ -68,6 +76,7 @@ impl Item {
             connection: child_text(node, "Connection"),
             address: child_text(node, "Address"),
             cores_per_socket: number("CoresPerSocket"),
+            slot: pci_slot(node),
         })
     }
 
@@ -143,6 +152,7 @@ impl Hardware {
                         None => NetworkKind::Network(format!("eth{number}")),
                     },
                     model: item.sub_type.clone(),
+                    slot: item.slot,
                 });
             }
             14 => self.add_removable(RemovableKind::Floppy, controller, item.unit),

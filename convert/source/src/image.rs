@@ -3,39 +3,25 @@
 
 use crate::files::Files;
 use crate::{Error, Result};
+use std::path::Path;
 use std::sync::Arc;
 use tranship_block::BlockDevice;
-use tranship_qcow2::Qcow2;
-use tranship_vmdk::{OpenOptions, Vmdk};
+use tranship_formats::{Format, OpenOptions};
 
-/// The format of the image in `device`, told by its first bytes; `raw` if they say nothing.
-pub(crate) fn probe(device: &dyn BlockDevice) -> Result<&'static str> {
-    let len = usize::try_from(device.size().min(4096)).unwrap_or(0);
-    let mut head = vec![0; len];
-    device.read_at(&mut head, 0).map_err(|error| Error::disk("cannot read the disk", error))?;
-    Ok(match head.as_slice() {
-        head if tranship_vmdk::probe(head) => "vmdk",
-        head if head.starts_with(b"QFI\xfb") => "qcow2",
-        head if head.starts_with(b"conectix") => "vpc",
-        head if head.starts_with(b"vhdxfile") => "vhdx",
-        _ => "raw",
-    })
+/// The format of the image in `device`, told by its contents; `raw` if they say nothing.
+pub(crate) fn probe(device: &dyn BlockDevice, name: &str) -> Result<&'static str> {
+    tranship_formats::probe(device, Path::new(name))
+        .map(Format::name)
+        .map_err(|error| Error::disk(format!("cannot read disk {name:?}"), error))
 }
 
-/// The guest's bytes of the image called `name`.
+/// The guest's bytes of the image called `name`. Files that it asks for are found among
+/// the files of the source only.
 pub(crate) fn open(files: &Files, name: &str, format: &str) -> Result<Arc<dyn BlockDevice>> {
-    let device = files.open(name)?;
-    let opened: tranship_block::Result<Arc<dyn BlockDevice>> = match format {
-        "raw" => Ok(device),
-        "vmdk" => Vmdk::open(device, files, OpenOptions::default())
-            .map(|disk| -> Arc<dyn BlockDevice> { Arc::new(disk) }),
-        "qcow2" => Qcow2::open_read_only(device, None)
-            .map(|disk| -> Arc<dyn BlockDevice> { Arc::new(disk) }),
-        _ => {
-            return Err(Error::unsupported(format!(
-                "disk {name:?} has format {format:?}, expected raw, qcow2 or vmdk"
-            )));
-        }
-    };
-    opened.map_err(|error| Error::disk(format!("cannot open disk {name:?}"), error))
+    let failed = |error| Error::disk(format!("cannot open disk {name:?}"), error);
+    let format: Format = format.parse().map_err(failed)?;
+    let options = OpenOptions { format: Some(format), read_only: true, ..OpenOptions::default() };
+    tranship_formats::open_device(files.open(name)?, Path::new(name), &options, files)
+        .map(|opened| opened.device)
+        .map_err(failed)
 }

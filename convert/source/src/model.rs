@@ -138,6 +138,8 @@ pub struct SourceNic {
     pub network: NetworkKind,
     /// Model in the words of the source.
     pub model: Option<String>,
+    /// Number of its PCI slot, from which Linux makes names such as `ens192`.
+    pub slot: Option<u32>,
 }
 
 /// What a network card is connected to.

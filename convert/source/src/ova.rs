@@ -167,5 +167,5 @@ fn format_of(file: &DiskFile, device: &dyn tranship_block::BlockDevice) -> Resul
     if file.format.to_ascii_lowercase().contains("vmdk") {
         return Ok("vmdk");
     }
-    image::probe(device)
+    image::probe(device, &file.href)
 }

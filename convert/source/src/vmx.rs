@@ -140,7 +140,7 @@ fn disks(
                 index: disks.len(),
                 controller: hangs_on,
                 unit: Some(target),
-                format: image::probe(&device)?.to_owned(),
+                format: image::probe(&device, &name)?.to_owned(),
                 location: files.locate(&name)?,
                 name,
                 files: Arc::clone(files),
@@ -187,6 +187,7 @@ fn nics(settings: &Settings) -> Vec<SourceNic> {
             mac: fixed.or_else(|| get("generatedaddress")).and_then(mac),
             network: if bridged { NetworkKind::Bridge(name) } else { NetworkKind::Network(name) },
             model: get("virtualdev").map(str::to_owned),
+            slot: get("pcislotnumber").and_then(|slot| slot.parse().ok()),
         })
     });
     nics.collect()
