@@ -18,5 +18,11 @@ mod session;
 pub use backend::{Backend, Choice, Machine, MachineSpec, Preference, SpecDisk, choose};
 pub use error::{Error, ErrorKind, Result};
 pub use guest::{Boot, Drive, Guest, LaunchTimes, Settings};
+pub use process::Process;
 pub use session::{CancelToken, Observer, Session, Silent};
 pub use tranship_protocol as protocol;
+
+/// The QEMU that [`choose`] would start, if one is installed.
+pub fn qemu_program() -> Option<std::path::PathBuf> {
+    qemu::Qemu::find()
+}

@@ -10,9 +10,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A running child, watched by a thread of its own.
+/// A running child, watched by a thread of its own; dropping it ends it.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     pid: rustix::process::Pid,
     console: Console,
     ended: Arc<(Mutex<Option<ExitStatus>>, Condvar)>,
@@ -20,8 +20,12 @@ pub(crate) struct Process {
 
 impl Process {
     /// Starts `command`; it inherits `inherited` under the same numbers, and is killed when
-    /// this process ends in whatever way.
-    pub(crate) fn start(mut command: Command, inherited: Vec<OwnedFd>) -> Result<Self> {
+    /// this process ends in whatever way. Its input is empty, its output is kept.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if it cannot be started.
+    pub fn start(mut command: Command, inherited: Vec<OwnedFd>) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let failed = {
             let name = name.clone();
@@ -82,18 +86,18 @@ impl Process {
         Ok(Self { pid, console, ended })
     }
 
-    /// The end of what it printed.
-    pub(crate) fn console(&self) -> String {
+    /// The end of what it printed, at most 64 KiB.
+    pub fn console(&self) -> String {
         self.console.text()
     }
 
     /// How it ended, if it has.
-    pub(crate) fn exit_status(&self) -> Option<ExitStatus> {
+    pub fn exit_status(&self) -> Option<ExitStatus> {
         *self.ended.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for its end, at most `limit`.
-    pub(crate) fn wait(&self, limit: Duration) -> Option<ExitStatus> {
+    pub fn wait(&self, limit: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + limit;
         let mut status = self.ended.0.lock().unwrap_or_else(PoisonError::into_inner);
         while status.is_none() {
@@ -105,7 +109,7 @@ impl Process {
     }
 
     /// Ends it at once.
-    pub(crate) fn kill(&self) {
+    pub fn kill(&self) {
         let status = self.ended.0.lock().unwrap_or_else(PoisonError::into_inner);
         // While it has not been waited for, the number cannot belong to anybody else.
         if status.is_none() {
