@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opens the disks that the command line names.
+
+use crate::failure::Failure;
+use std::path::Path;
+use std::sync::Arc;
+use tranship_appliance::Drive;
+use tranship_block::{BlockDevice, Storage};
+use tranship_formats::{Format, OpenOptions};
+use tranship_qcow2::{CreateOptions, Qcow2};
+use tranship_raw::{Access, RawFile};
+
+/// A disk, and what was noticed about it.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    /// For the appliance.
+    pub(crate) drive: Drive,
+    /// Sentences without a full stop.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// What may happen to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// It is written to.
+    Write,
+    /// It can be written to, but what is written is thrown away.
+    Discard,
+    /// It cannot be written to.
+    Read,
+}
+
+/// Opens the image at `path`; its format is guessed if it is not named.
+pub(crate) fn open(path: &Path, format: Option<&str>, usage: Use) -> Result<Disk, Failure> {
+    let format = format.map(str::parse::<Format>).transpose()?;
+    let read_only = usage != Use::Write;
+    let options = OpenOptions { format, read_only, ..OpenOptions::default() };
+    let opened = tranship_formats::open(path, &options)?;
+    let drive = match usage {
+        Use::Write => Drive { device: opened.device, read_only: false, durable: true },
+        Use::Read => Drive { device: opened.device, read_only: true, durable: false },
+        Use::Discard => {
+            Drive { device: overlay(opened.device)?, read_only: false, durable: false }
+        }
+    };
+    Ok(Disk { drive, warnings: opened.warnings })
+}
+
+/// An overlay in a file without a name: it ends with this process, however that ends.
+fn overlay(backing: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failure> {
+    let file =
+        tempfile::tempfile().map_err(|error| Failure::io("making a temporary file", error))?;
+    let name = std::env::temp_dir().join("overlay of a read-only disk");
+    let storage: Arc<dyn Storage> = Arc::new(RawFile::from_file(file, name, Access::ReadWrite)?);
+    tranship_qcow2::create(&*storage, &CreateOptions::new(backing.size()))?;
+    let options = tranship_qcow2::OpenOptions { read_only: false, backing: Some(backing) };
+    Ok(Arc::new(Qcow2::open(storage, options)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_to_a_read_only_disk_is_thrown_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.img");
+        std::fs::write(&path, vec![7_u8; 1 << 20]).unwrap();
+        let disk = open(&path, Some("raw"), Use::Discard).unwrap().drive;
+        disk.device.write_at(&[1; 512], 4096).unwrap();
+        let mut found = [0; 1024];
+        disk.device.read_at(&mut found, 4096 - 512).unwrap();
+        assert_eq!((found[0], found[512]), (7, 1));
+        disk.device.flush().unwrap();
+        drop(disk);
+        assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn unknown_formats_and_files_are_named() {
+        let failure = open(Path::new("/nowhere/d.img"), None, Use::Read).unwrap_err();
+        assert!(failure.render("p").contains("/nowhere/d.img"), "{failure:?}");
+        let failure = open(Path::new("/nowhere/d.img"), Some("ntfs"), Use::Read).unwrap_err();
+        assert!(failure.message().contains("ntfs"), "{failure:?}");
+        assert_eq!(failure.exit_code(), 2);
+    }
+}

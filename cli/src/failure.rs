@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What ended the program, as people and callers see it.
+
+use crate::{signals, stdout};
+use std::error::Error as StdError;
+use std::fmt::Write;
+use tranship_convert::ErrorKind;
+use tranship_linux::Blocker;
+
+/// A failure with its causes, everything that has to be remedied, and what helps.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    kind: ErrorKind,
+    message: String,
+    causes: Vec<String>,
+    hints: Vec<String>,
+    blockers: Vec<(String, String, String)>,
+    shown: bool,
+}
+
+impl Failure {
+    /// A failure of `kind` that says `message`.
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            causes: Vec::new(),
+            hints: Vec::new(),
+            blockers: Vec::new(),
+            shown: false,
+        }
+    }
+
+    /// The command line is wrong.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Usage, message)
+    }
+
+    /// The operating system refused something of this program's own.
+    pub(crate) fn io(doing: &str, error: std::io::Error) -> Self {
+        Self::new(ErrorKind::Transient, format!("{doing} failed")).because(&error)
+    }
+
+    /// The same with something that helps.
+    #[must_use]
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    /// The same with a cause and its causes.
+    #[must_use]
+    pub(crate) fn because(mut self, cause: &(dyn StdError + 'static)) -> Self {
+        let mut next = Some(cause);
+        while let Some(cause) = next {
+            let text = cause.to_string();
+            // Some errors repeat their source in their own text.
+            if !self.causes.last().is_some_and(|last: &String| last.ends_with(&text)) {
+                self.causes.push(text);
+            }
+            next = cause.source();
+        }
+        self
+    }
+
+    /// The same, but somebody has printed it already.
+    #[must_use]
+    pub(crate) fn already_shown(mut self) -> Self {
+        self.shown = true;
+        self
+    }
+
+    /// The first line.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// What kind of failure it is.
+    pub(crate) fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The exit code; for an interruption it names the signal.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self.kind {
+            ErrorKind::Interrupted => signals::exit_code().unwrap_or(130),
+            kind => kind.exit_code(),
+        }
+    }
+
+    /// All of it, one fact a line, after `program`'s name.
+    pub(crate) fn render(&self, program: &str) -> String {
+        let mut text = format!("{program}: error: {}\n", self.message);
+        for cause in &self.causes {
+            let cause = cause.replace('\n', "\n  ");
+            let _ = writeln!(text, "caused by: {cause}");
+        }
+        for (code, what, remedy) in &self.blockers {
+            let _ = writeln!(text, "blocked [{code}]: {what}");
+            let _ = writeln!(text, "  remedy: {remedy}");
+        }
+        for hint in &self.hints {
+            let _ = writeln!(text, "hint: {hint}");
+        }
+        text
+    }
+
+    /// Prints it on standard error.
+    pub(crate) fn print(&self, program: &str) {
+        if !self.shown {
+            stdout::complain(self.render(program).trim_end());
+        }
+    }
+
+    /// Everything that has to be remedied: code, what is wrong, what to do.
+    pub(crate) fn blockers(&self) -> &[(String, String, String)] {
+        &self.blockers
+    }
+
+    /// The chain of causes.
+    pub(crate) fn causes(&self) -> &[String] {
+        &self.causes
+    }
+
+    /// What helps.
+    pub(crate) fn hints(&self) -> &[String] {
+        &self.hints
+    }
+}
+
+fn with_source(mut failure: Failure, error: &dyn StdError) -> Failure {
+    if let Some(source) = error.source() {
+        failure = failure.because(source);
+    }
+    failure
+}
+
+impl From<tranship_convert::Error> for Failure {
+    fn from(error: tranship_convert::Error) -> Self {
+        let mut failure = with_source(Self::new(error.kind(), error.to_string()), &error);
+        failure.hints.extend(error.remedy().map(ToOwned::to_owned));
+        failure.blockers = error
+            .blockers()
+            .iter()
+            .map(|Blocker { code, what, remedy, .. }| {
+                ((*code).to_owned(), what.clone(), remedy.clone())
+            })
+            .collect();
+        failure
+    }
+}
+
+impl From<tranship_appliance::Error> for Failure {
+    fn from(error: tranship_appliance::Error) -> Self {
+        use tranship_appliance::ErrorKind as Kind;
+        let kind = match error.kind() {
+            Kind::Usage => ErrorKind::Usage,
+            Kind::NoBackend => ErrorKind::Blocked,
+            Kind::Lost | Kind::Io => ErrorKind::Transient,
+            Kind::Cancelled => ErrorKind::Interrupted,
+            _ => ErrorKind::Conversion,
+        };
+        let mut failure = with_source(Self::new(kind, error.to_string()), &error);
+        failure.hints.extend(error.remedy().map(ToOwned::to_owned));
+        failure
+    }
+}
+
+impl From<tranship_appliance_image::Error> for Failure {
+    fn from(error: tranship_appliance_image::Error) -> Self {
+        use tranship_appliance_image::ErrorKind as Kind;
+        let kind = match error.kind() {
+            Kind::Usage => ErrorKind::Usage,
+            Kind::Corrupt | Kind::Unsupported => ErrorKind::Input,
+            Kind::Denied | Kind::NotFound => ErrorKind::Blocked,
+            _ => ErrorKind::Transient,
+        };
+        let mut failure = with_source(Self::new(kind, error.to_string()), &error);
+        failure.hints.extend(error.what_helps().map(ToOwned::to_owned));
+        failure
+    }
+}
+
+impl From<tranship_block::Error> for Failure {
+    fn from(error: tranship_block::Error) -> Self {
+        use tranship_block::ErrorKind as Kind;
+        let kind = match error.kind() {
+            Kind::Usage => ErrorKind::Usage,
+            Kind::Io => ErrorKind::Transient,
+            _ => ErrorKind::Input,
+        };
+        with_source(Self::new(kind, error.to_string()), &error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fact_has_its_line() {
+        let cause = std::io::Error::from_raw_os_error(28);
+        let failure = Failure::new(ErrorKind::Transient, "copying failed").because(&cause).hint("tidy up");
+        let text = failure.render("tranship");
+        assert_eq!(
+            text,
+            "tranship: error: copying failed\n\
+             caused by: No space left on device (os error 28)\n\
+             hint: tidy up\n"
+        );
+        assert_eq!(failure.exit_code(), 75);
+    }
+
+    #[test]
+    fn all_blockers_are_listed_with_their_remedies() {
+        let blockers = ["one", "two"].map(|code| Blocker {
+            code,
+            what: format!("{code} is wrong"),
+            remedy: format!("mend {code}"),
+        });
+        let failure = Failure::from(tranship_convert::Error::blocked(blockers.into()));
+        let text = failure.render("virt-v2v");
+        assert!(text.starts_with("virt-v2v: error: the guest cannot be converted"), "{text}");
+        assert!(text.contains("blocked [one]: one is wrong\n  remedy: mend one\n"), "{text}");
+        assert!(text.contains("blocked [two]: two is wrong\n  remedy: mend two\n"), "{text}");
+        assert_eq!(failure.exit_code(), 3);
+    }
+}
