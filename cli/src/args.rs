@@ -226,14 +226,22 @@ mod tests {
             ("-i", "-i", "--input"),
         ] {
             let words = ["virt-v2v", first, "raw", second, "raw"];
-            let text = failure(Personality::VirtV2v, &words.map(|w| if first == "-i" && w == "raw" { "ova" } else { w }));
-            assert_eq!(text.lines().next().unwrap(), format!("p: error: {named} is used more than once"));
+            let text = failure(
+                Personality::VirtV2v,
+                &words.map(|w| if first == "-i" && w == "raw" { "ova" } else { w }),
+            );
+            assert_eq!(
+                text.lines().next().unwrap(),
+                format!("p: error: {named} is used more than once")
+            );
         }
     }
 
     #[test]
     fn unknown_flags_and_commands_are_named() {
-        assert!(failure(Personality::Tranship, &["tranship", "convert", "--nope"]).contains("'--nope'"));
+        assert!(
+            failure(Personality::Tranship, &["tranship", "convert", "--nope"]).contains("'--nope'")
+        );
         assert!(failure(Personality::Tranship, &["tranship", "batch"]).contains("'batch'"));
         assert!(failure(Personality::Tranship, &["tranship"]).contains("no command was given"));
     }

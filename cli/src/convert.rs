@@ -63,7 +63,15 @@ fn work(
     signals::cancel_on_signal(cancel.clone())?;
     if options.dry_run {
         let plan = engine::dry_run(&request, reports, &cancel)?;
-        return if options.json { stdout::json(&plan) } else { stdout::print(&plan.render()) };
+        if options.json {
+            stdout::json(&plan)?;
+        } else {
+            stdout::print(&plan.render())?;
+        }
+        if plan.blockers.is_empty() {
+            return Ok(());
+        }
+        return Err(tranship_convert::Error::blocked(plan.blockers).into());
     }
     let report = engine::convert(&request, reports, &cancel).map_err(|error| {
         let failure = Failure::from(error);

@@ -39,9 +39,7 @@ pub(crate) fn open(path: &Path, format: Option<&str>, usage: Use) -> Result<Disk
     let drive = match usage {
         Use::Write => Drive { device: opened.device, read_only: false, durable: true },
         Use::Read => Drive { device: opened.device, read_only: true, durable: false },
-        Use::Discard => {
-            Drive { device: overlay(opened.device)?, read_only: false, durable: false }
-        }
+        Use::Discard => Drive { device: overlay(opened.device)?, read_only: false, durable: false },
     };
     Ok(Disk { drive, warnings: opened.warnings })
 }
@@ -49,7 +47,7 @@ pub(crate) fn open(path: &Path, format: Option<&str>, usage: Use) -> Result<Disk
 /// An overlay in a file without a name: it ends with this process, however that ends.
 fn overlay(backing: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failure> {
     let file =
-        tempfile::tempfile().map_err(|error| Failure::io("making a temporary file", error))?;
+        tempfile::tempfile().map_err(|error| Failure::io("making a temporary file", &error))?;
     let name = std::env::temp_dir().join("overlay of a read-only disk");
     let storage: Arc<dyn Storage> = Arc::new(RawFile::from_file(file, name, Access::ReadWrite)?);
     tranship_qcow2::create(&*storage, &CreateOptions::new(backing.size()))?;

@@ -37,8 +37,8 @@ impl Failure {
     }
 
     /// The operating system refused something of this program's own.
-    pub(crate) fn io(doing: &str, error: std::io::Error) -> Self {
-        Self::new(ErrorKind::Transient, format!("{doing} failed")).because(&error)
+    pub(crate) fn io(doing: &str, error: &std::io::Error) -> Self {
+        Self::new(ErrorKind::Transient, format!("{doing} failed")).because(error)
     }
 
     /// The same with something that helps.
@@ -200,7 +200,8 @@ mod tests {
     #[test]
     fn every_fact_has_its_line() {
         let cause = std::io::Error::from_raw_os_error(28);
-        let failure = Failure::new(ErrorKind::Transient, "copying failed").because(&cause).hint("tidy up");
+        let failure =
+            Failure::new(ErrorKind::Transient, "copying failed").because(&cause).hint("tidy up");
         let text = failure.render("tranship");
         assert_eq!(
             text,

@@ -49,6 +49,6 @@ fn page(command: Command, name: &str) -> Result<Vec<u8>, Failure> {
     let mut page = Vec::new();
     Man::new(command)
         .render(&mut page)
-        .map_err(|error| Failure::io("writing a manual page", error))?;
+        .map_err(|error| Failure::io("writing a manual page", &error))?;
     Ok(page)
 }

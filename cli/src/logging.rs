@@ -12,8 +12,7 @@ pub(crate) fn start(talk: &Talk) {
         (true, false) => "warn,tranship=debug",
         (false, false) => "off",
     };
-    let filter =
-        EnvFilter::try_from_env("TRANSHIP_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let filter = EnvFilter::try_from_env("TRANSHIP_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     // A second start, in a test, keeps the first one's settings.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

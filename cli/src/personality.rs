@@ -68,8 +68,11 @@ impl Personality {
 
 /// The error of a name that is known, but has no command behind it.
 pub(crate) fn not_yet(name: &str) -> Failure {
-    Failure::new(ErrorKind::Usage, format!("tranship cannot be called as {name}: it is not there yet"))
-        .hint("links named virt-v2v and guestfish work; everything else is `tranship --help`")
+    Failure::new(
+        ErrorKind::Usage,
+        format!("tranship cannot be called as {name}: it is not there yet"),
+    )
+    .hint("links named virt-v2v and guestfish work; everything else is `tranship --help`")
 }
 
 #[cfg(test)]

@@ -14,8 +14,11 @@ pub(crate) fn appliance_cache() -> Result<PathBuf, Failure> {
     cache_folder(|name| std::env::var_os(name).filter(|value| !value.is_empty()))
         .map(|folder| folder.join("appliance"))
         .ok_or_else(|| {
-            Failure::new(ErrorKind::Usage, "no folder for the cache: neither HOME nor XDG_CACHE_HOME is set")
-                .hint("name one in the environment variable TRANSHIP_CACHE")
+            Failure::new(
+                ErrorKind::Usage,
+                "no folder for the cache: neither HOME nor XDG_CACHE_HOME is set",
+            )
+            .hint("name one in the environment variable TRANSHIP_CACHE")
         })
 }
 
@@ -31,7 +34,7 @@ fn cache_folder(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> 
 /// What the appliance is made of: this very program is its agent.
 pub(crate) fn build_options(kernel: Option<KernelSource>) -> Result<BuildOptions, Failure> {
     let agent = std::env::current_exe()
-        .map_err(|error| Failure::io("finding this program's own file", error))?;
+        .map_err(|error| Failure::io("finding this program's own file", &error))?;
     Ok(BuildOptions {
         cache_dir: appliance_cache()?,
         agent: AgentSource { path: agent },
@@ -104,7 +107,10 @@ mod tests {
         assert_eq!(folder(&all).as_deref(), Some("/c"));
         assert_eq!(folder(&all[1..]).as_deref(), Some("/x/tranship"));
         assert_eq!(folder(&all[2..]).as_deref(), Some("/h/.cache/tranship"));
-        assert_eq!(folder(&[("XDG_CACHE_HOME", "rel"), ("HOME", "/h")]).as_deref(), Some("/h/.cache/tranship"));
+        assert_eq!(
+            folder(&[("XDG_CACHE_HOME", "rel"), ("HOME", "/h")]).as_deref(),
+            Some("/h/.cache/tranship")
+        );
         assert_eq!(folder(&[]), None);
     }
 

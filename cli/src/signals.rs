@@ -16,7 +16,7 @@ static AT_PROMPT: AtomicBool = AtomicBool::new(false);
 /// Cancels `token` on the first signal and ends the process on the second.
 pub(crate) fn cancel_on_signal(token: CancelToken) -> Result<(), Failure> {
     let mut signals = Signals::new([SIGINT, SIGTERM])
-        .map_err(|error| Failure::io("listening for signals", error))?;
+        .map_err(|error| Failure::io("listening for signals", &error))?;
     let listen = move || {
         for signal in signals.forever() {
             if signal == SIGINT && AT_PROMPT.load(Ordering::SeqCst) {
@@ -34,7 +34,7 @@ pub(crate) fn cancel_on_signal(token: CancelToken) -> Result<(), Failure> {
         .name("signals".to_owned())
         .spawn(listen)
         .map(|_| ())
-        .map_err(|error| Failure::io("listening for signals", error))
+        .map_err(|error| Failure::io("listening for signals", &error))
 }
 
 /// 128 + the signal that came, if one did.

@@ -16,14 +16,14 @@ pub(crate) fn bytes(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        outcome => outcome.map_err(|error| Failure::io("writing to standard output", error)),
+        outcome => outcome.map_err(|error| Failure::io("writing to standard output", &error)),
     }
 }
 
 /// Prints `value` as indented JSON with a newline.
 pub(crate) fn json(value: &impl serde::Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::io("writing JSON", error.into()))?;
+        .map_err(|error| Failure::io("writing JSON", &error.into()))?;
     print(&format!("{text}\n"))
 }
 

@@ -2,6 +2,7 @@
 //! What callers rely on: exit codes, streams and texts of the program as a whole.
 //!
 //! Nothing here starts the appliance.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::io::Write;
@@ -111,7 +112,11 @@ fn mistakes_in_the_command_line_end_with_2_and_name_the_mistake() {
         ("tranship", &["convert", "--nonsense"], "'--nonsense'"),
         ("tranship", &["convert", "a.ova"], "-os DIR"),
         ("tranship", &["convert", "a.ova", "-os", "/nowhere/at/all"], "/nowhere/at/all"),
-        ("tranship", &["convert", "-of", "raw", "-of", "raw"], "-of (--output-format) is used more"),
+        (
+            "tranship",
+            &["convert", "-of", "raw", "-of", "raw"],
+            "-of (--output-format) is used more",
+        ),
         ("tranship", &["convert", "-o", "openstack"], "openstack is not there yet"),
         ("tranship", &["convert", "-i", "libvirt", "x"], "libvirt is not there yet"),
         ("tranship", &["convert", "-it", "vddk"], "-it is an option of virt-v2v"),
@@ -168,9 +173,10 @@ fn hidden_options_of_virt_v2v_are_not_advertised() {
 #[test]
 fn capabilities_are_listed_one_a_line() {
     let place = Place::new();
-    for (name, words) in
-        [("virt-v2v", &["--machine-readable"][..]), ("tranship", &["convert", "--machine-readable"])]
-    {
+    for (name, words) in [
+        ("virt-v2v", &["--machine-readable"][..]),
+        ("tranship", &["convert", "--machine-readable"]),
+    ] {
         let run = place.run(name, words);
         assert_eq!(run.code, 0, "{run:?}");
         let lines: Vec<&str> = run.out.lines().collect();
@@ -271,8 +277,11 @@ fn shell_scripts_stop_at_the_first_failure_and_say_where() {
         run.err.starts_with("*stdin*:4: libguestfs: error: nonsense: unknown command"),
         "{run:?}"
     );
-    fs::write(place.path().join("script"), "echo a\n-nonsense\n!exit 0\n<!echo echo b\necho c | tr c d\nquit\necho e\n")
-        .unwrap();
+    fs::write(
+        place.path().join("script"),
+        "echo a\n-nonsense\n!exit 0\n<!echo echo b\necho c | tr c d\nquit\necho e\n",
+    )
+    .unwrap();
     let run = place.run("tranship", &["shell", "-f", "script"]);
     assert_eq!((run.code, run.out.as_str()), (0, "a\nb\nd\n"), "{run:?}");
     assert!(run.err.starts_with("script:2: tranship: error: nonsense"), "{run:?}");

@@ -6,6 +6,7 @@ use crate::args::BenchArgs;
 use crate::failure::Failure;
 use crate::{logging, places, signals, stdout};
 use serde_json::{Value, json};
+use std::fmt::Write;
 use std::time::{Duration, Instant};
 use tranship_appliance::{CancelToken, Guest, LaunchTimes};
 
@@ -38,15 +39,11 @@ pub(super) fn run(options: &BenchArgs) -> Result<u8, Failure> {
     Ok(0)
 }
 
-fn measure(
-    options: &BenchArgs,
-    cancel: &CancelToken,
-) -> Result<(Run, String, String), Failure> {
+fn measure(options: &BenchArgs, cancel: &CancelToken) -> Result<(Run, String, String), Failure> {
     let begun = Instant::now();
     let boot = places::boot(&|_| {})?;
     let check = begun.elapsed();
-    let mut guest =
-        Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone());
+    let mut guest = Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone());
     guest.launch(&boot)?;
     let total = begun.elapsed();
     let (name, reason, times) = guest.launch_report()?;
@@ -106,11 +103,11 @@ fn rows(runs: &[Run]) -> Vec<(String, Vec<Duration>)> {
 fn as_text((name, reason): &(String, String), runs: &[Run]) -> String {
     let mut text = format!("backend: {name}\nwhy: {reason}\n\n");
     let median = "median";
-    text.push_str(&format!("{:<20} {:>10} {median:>10}\n", "", "min"));
+    let _ = writeln!(text, "{:<20} {:>10} {median:>10}", "", "min");
     for (row, values) in rows(runs) {
         let (least, middle) = summary(values);
         let (least, middle) = (milliseconds(least), milliseconds(middle));
-        text.push_str(&format!("{row:<20} {least:>7.1} ms {middle:>7.1} ms\n"));
+        let _ = writeln!(text, "{row:<20} {least:>7.1} ms {middle:>7.1} ms");
     }
     text
 }

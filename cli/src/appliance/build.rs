@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::{logging, places, stdout};
 use indicatif::HumanBytes;
 use serde_json::json;
+use std::fmt::Write;
 use std::path::Path;
 use std::time::Instant;
 use tranship_appliance_image::{BuildOptions, KernelSource};
@@ -46,13 +47,13 @@ pub(super) fn run(options: &BuildArgs) -> Result<u8, Failure> {
     let mut text = format!("{} from {}\n", image.kernel_release, manifest.kernel_source);
     for (name, path) in files {
         let size = HumanBytes(size(path)).to_string();
-        text.push_str(&format!("{name:>10} {size:>12}  {}\n", path.display()));
+        let _ = writeln!(text, "{name:>10} {size:>12}  {}", path.display());
     }
     for tool in absent {
         let why = tool.problem.as_deref().unwrap_or("not installed");
-        text.push_str(&format!("without {} (package {}): {why}\n", tool.name, tool.package));
+        let _ = writeln!(text, "without {} (package {}): {why}", tool.name, tool.package);
     }
-    text.push_str(&format!("ready after {:.3} s\n", elapsed.as_secs_f64()));
+    let _ = writeln!(text, "ready after {:.3} s", elapsed.as_secs_f64());
     stdout::print(&text)?;
     Ok(0)
 }

@@ -5,6 +5,7 @@ use crate::args::ProbeArgs;
 use crate::failure::Failure;
 use crate::{logging, stdout};
 use serde_json::{Value, json};
+use std::fmt::Write;
 use tranship_appliance::{Choice, choose};
 use tranship_convert::ErrorKind;
 
@@ -28,7 +29,7 @@ fn as_text(choice: &Choice) -> String {
     let name = backend_name(choice).unwrap_or("none");
     let mut text = format!("backend: {name}\nwhy: {}\n", choice.reason);
     if !choice.remedy.is_empty() {
-        text.push_str(&format!("hint: {}\n", choice.remedy));
+        let _ = writeln!(text, "hint: {}", choice.remedy);
     }
     text
 }

@@ -25,8 +25,7 @@ pub(super) fn run(options: &ApplianceShellArgs) -> Result<u8, Failure> {
     logging::start(&options.talk);
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let mut guest =
-        Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone());
+    let mut guest = Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone());
     for path in &options.add {
         guest.add_drive(disk::open(path, None, Use::Read)?.drive)?;
     }
@@ -43,7 +42,7 @@ pub(super) fn run(options: &ApplianceShellArgs) -> Result<u8, Failure> {
         signals::at_prompt(interactive);
         let read = input.lock().read_line(&mut line);
         signals::at_prompt(false);
-        let read = read.map_err(|error| Failure::io("reading standard input", error))?;
+        let read = read.map_err(|error| Failure::io("reading standard input", &error))?;
         if read == 0 || line.trim() == "exit" {
             break;
         }

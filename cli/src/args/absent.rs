@@ -72,8 +72,17 @@ const OPTIONS: &[(&str, &str)] = &[
 
 /// Output modes (`-o`) that virt-v2v has.
 const OUTPUTS: &[&str] = &[
-    "glance", "kubevirt", "libvirt", "null", "openstack", "ovirt", "ovirt-upload", "qemu", "rhv",
-    "rhv-upload", "vdsm",
+    "glance",
+    "kubevirt",
+    "libvirt",
+    "null",
+    "openstack",
+    "ovirt",
+    "ovirt-upload",
+    "qemu",
+    "rhv",
+    "rhv-upload",
+    "vdsm",
 ];
 
 /// The failure for an option that is known, but not there.

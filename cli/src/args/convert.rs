@@ -7,9 +7,7 @@ use crate::personality::Personality;
 use crate::places;
 use clap::{ArgAction, Args};
 use std::path::{Path, PathBuf};
-use tranship_convert::{
-    InitramfsMode, Input, Key, NetworkRule, Request, RootChoice, TargetFormat,
-};
+use tranship_convert::{InitramfsMode, Input, Key, NetworkRule, Request, RootChoice, TargetFormat};
 
 /// Options of `convert`.
 // Every flag is a switch of its own on the command line.
@@ -211,13 +209,14 @@ impl ConvertArgs {
             None => guess(first),
         };
         if self.input_format.is_some() && mode != InputMode::Disk {
-            return Err(Failure::usage("-if is for -i disk only: other sources name their formats"));
+            return Err(Failure::usage(
+                "-if is for -i disk only: other sources name their formats",
+            ));
         }
         match mode {
-            InputMode::Disk => Ok(Input::Disks {
-                paths: self.sources.clone(),
-                format: self.input_format.clone(),
-            }),
+            InputMode::Disk => {
+                Ok(Input::Disks { paths: self.sources.clone(), format: self.input_format.clone() })
+            }
             _ if self.sources.len() > 1 => Err(Failure::usage(format!(
                 "one source was expected, {} were given",
                 self.sources.len()
@@ -257,9 +256,10 @@ impl ConvertArgs {
         }
         let input = self.input(personality)?;
         // A dry run writes nothing, so it may do without a folder.
-        let folder = match self.dry_run && self.output_storage.is_none() {
-            true => PathBuf::from("."),
-            false => self.folder(personality)?,
+        let folder = if self.dry_run && self.output_storage.is_none() {
+            PathBuf::from(".")
+        } else {
+            self.folder(personality)?
         };
         Ok(Request {
             input,
@@ -282,7 +282,7 @@ impl ConvertArgs {
 
 /// What a source is, by its name and kind.
 fn guess(path: &Path) -> InputMode {
-    let ending = path.extension().map(|ending| ending.to_ascii_lowercase()).unwrap_or_default();
+    let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase).unwrap_or_default();
     match ending.to_str() {
         Some("vmx") => InputMode::Vmx,
         Some("ova" | "ovf") => InputMode::Ova,

@@ -32,9 +32,9 @@ pub(super) fn mac(text: &str) -> Result<NetworkRule, String> {
     let (mac, rest) = text.split_at_checked(17).ok_or(expected)?;
     let groups: Vec<&str> = mac.split(':').collect();
     let is_mac = groups.len() == 6
-        && groups.iter().all(|group| {
-            group.len() == 2 && group.chars().all(|digit| digit.is_ascii_hexdigit())
-        });
+        && groups
+            .iter()
+            .all(|group| group.len() == 2 && group.chars().all(|digit| digit.is_ascii_hexdigit()));
     let (kind, to) =
         rest.strip_prefix(':').and_then(|rest| rest.split_once(':')).ok_or(expected)?;
     let kind = match kind {
@@ -67,8 +67,10 @@ pub(super) fn duplicate(rules: &[NetworkRule]) -> Option<String> {
         NetworkRule::Mac { mac, .. } => format!("--mac {mac}"),
     };
     let subjects: Vec<String> = rules.iter().map(subject).collect();
-    let repeated =
-        subjects.iter().enumerate().find(|(at, subject)| subjects.iter().take(*at).any(|s| s == *subject));
+    let repeated = subjects
+        .iter()
+        .enumerate()
+        .find(|(at, subject)| subjects.iter().take(*at).any(|s| s == *subject));
     repeated.map(|(_, subject)| subject.clone())
 }
 
@@ -105,7 +107,13 @@ mod tests {
                 to: "br:0".into()
             })
         );
-        for wrong in ["", "52:54:00:12:34:56", "52:54:00:12:34:5g:network:x", "52:54:00:12:34:56:network:", "ééééééééééééééé"] {
+        for wrong in [
+            "",
+            "52:54:00:12:34:56",
+            "52:54:00:12:34:5g:network:x",
+            "52:54:00:12:34:56:network:",
+            "ééééééééééééééé",
+        ] {
             assert!(mac(wrong).is_err(), "{wrong:?}");
         }
         assert!(mac("52:54:00:12:34:56:ip:10.0.0.1").unwrap_err().contains("Windows"));

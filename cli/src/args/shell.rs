@@ -122,8 +122,17 @@ mod tests {
     #[test]
     fn a_format_is_for_the_disks_after_it() {
         let options = parsed(&[
-            "guestfish", "-a", "one", "--format=raw", "-a", "two", "-a", "three", "--format",
-            "-a", "four",
+            "guestfish",
+            "-a",
+            "one",
+            "--format=raw",
+            "-a",
+            "two",
+            "-a",
+            "three",
+            "--format",
+            "-a",
+            "four",
         ])
         .unwrap();
         let raw = Some("raw".to_owned());

@@ -123,7 +123,7 @@ mod tests {
     fn times_have_units() {
         assert_eq!(seconds("90"), Ok(Duration::from_secs(90)));
         assert_eq!(seconds("90s"), Ok(Duration::from_secs(90)));
-        assert_eq!(seconds("2m"), Ok(Duration::from_secs(120)));
+        assert_eq!(seconds("2m"), Ok(Duration::from_mins(2)));
         for wrong in ["0", "", "m", "-1", "1h"] {
             assert!(seconds(wrong).is_err(), "{wrong}");
         }

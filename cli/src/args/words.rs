@@ -82,7 +82,8 @@ fn takes_next(word: &str, definition: &Command) -> bool {
     }
     let Some(cluster) = word.strip_prefix('-') else { return false };
     for (at, letter) in cluster.char_indices() {
-        let found = definition.get_arguments().find(|argument| argument.get_short() == Some(letter));
+        let found =
+            definition.get_arguments().find(|argument| argument.get_short() == Some(letter));
         if found.is_some_and(takes) {
             // A value that is attached, as in `-oslocal`, is not in the next word.
             return at + letter.len_utf8() == cluster.len();
@@ -116,7 +117,10 @@ mod tests {
             (&["--network=a", "-of", "raw"], &["--network=a", "--output-format", "raw"]),
             (&["--json", "-of", "raw"], &["--json", "--output-format", "raw"]),
             // The value of --machine-readable is never the next word.
-            (&["--machine-readable", "-of", "raw"], &["--machine-readable", "--output-format", "raw"]),
+            (
+                &["--machine-readable", "-of", "raw"],
+                &["--machine-readable", "--output-format", "raw"],
+            ),
             (&["--", "-of", "-os"], &["--", "-of", "-os"]),
             (&["-osx", "-olocal"], &["-osx", "-olocal"]),
             (&["disk-os"], &["disk-os"]),

@@ -153,7 +153,11 @@ impl Human {
         if let Some(bar) = &task.bar {
             bar.set_length(total);
             bar.set_message(event.message.clone());
-            if done >= total { bar.finish() } else { bar.set_position(done) }
+            if done >= total {
+                bar.finish();
+            } else {
+                bar.set_position(done);
+            }
             return;
         }
         let news = percent / 10 > task.percent / 10

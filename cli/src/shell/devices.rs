@@ -26,21 +26,15 @@ pub(super) fn shutdown(shell: &mut Shell, _: &Arguments) -> Outcome {
     Ok(Flow::Continue)
 }
 
-fn print_lines<'a>(shell: &mut Shell, lines: impl Iterator<Item = &'a str>) -> Outcome {
-    let text: String = lines.map(|line| format!("{line}\n")).collect();
-    shell.print(&text)?;
-    Ok(Flow::Continue)
-}
-
 pub(super) fn list_devices(shell: &mut Shell, _: &Arguments) -> Outcome {
     let devices = shell.guest.list_devices()?;
-    print_lines(shell, devices.iter().map(String::as_str))
+    shell.print_lines(devices)
 }
 
 fn of_kind(shell: &mut Shell, kind: VolumeKind) -> Outcome {
     let volumes = shell.guest.volumes()?;
     let devices = volumes.iter().filter(|volume| volume.kind == kind);
-    print_lines(shell, devices.map(|volume| volume.device.as_str()))
+    shell.print_lines(devices.map(|volume| volume.device.as_str()))
 }
 
 pub(super) fn list_partitions(shell: &mut Shell, _: &Arguments) -> Outcome {
@@ -53,10 +47,11 @@ pub(super) fn logical_volumes(shell: &mut Shell, _: &Arguments) -> Outcome {
 
 pub(super) fn list_filesystems(shell: &mut Shell, _: &Arguments) -> Outcome {
     let volumes = shell.guest.volumes()?;
-    let lines: Vec<String> = filesystems(&volumes)
-        .map(|volume| format!("{}: {}", volume.device, volume.tag("TYPE").unwrap_or("unknown")))
-        .collect();
-    print_lines(shell, lines.iter().map(String::as_str))
+    shell.print_lines(
+        filesystems(&volumes).map(|volume| {
+            format!("{}: {}", volume.device, volume.tag("TYPE").unwrap_or("unknown"))
+        }),
+    )
 }
 
 /// What may be a filesystem: neither a disk with partitions, nor an extended partition, nor
@@ -78,9 +73,8 @@ pub(super) fn filesystems(volumes: &[Volume]) -> impl Iterator<Item = &Volume> {
     let hidden = |kind: &str| kind.ends_with("_member") || kind == "crypto_LUKS";
     volumes.iter().filter(move |volume| {
         let whole = volume.kind == VolumeKind::Disk && volume.tag("TYPE").is_none();
-        !(whole && partitioned(volume))
-            && !extended(volume)
-            && !volume.tag("TYPE").is_some_and(hidden)
+        let is_part_of_something = extended(volume) || volume.tag("TYPE").is_some_and(hidden);
+        !(is_part_of_something || whole && partitioned(volume))
     })
 }
 
@@ -144,8 +138,7 @@ mod tests {
             volume("/dev/sdd1", Partition, &[("TYPE", "crypto_LUKS")]),
             volume("/dev/VG/LV", LogicalVolume, &[("TYPE", "swap")]),
         ];
-        let names: Vec<&str> =
-            filesystems(&volumes).map(|volume| volume.device.as_str()).collect();
+        let names: Vec<&str> = filesystems(&volumes).map(|volume| volume.device.as_str()).collect();
         assert_eq!(names, ["/dev/sda1", "/dev/sda6", "/dev/sdb", "/dev/sdc", "/dev/VG/LV"]);
     }
 }

@@ -7,7 +7,9 @@ use super::table::Arguments;
 use super::{Flow, Outcome};
 use crate::failure::Failure;
 use tranship_convert::{ErrorKind, GuestFiles};
-use tranship_inspect::{Facts, Filesystem, ResolvedMount, inspect_root, kernel_name, resolve_mounts};
+use tranship_inspect::{
+    Facts, Filesystem, ResolvedMount, inspect_root, kernel_name, resolve_mounts,
+};
 use tranship_protocol::{GuestPath, Volume, VolumeKind};
 
 fn failed(message: impl Into<String>) -> Failure {
@@ -65,9 +67,8 @@ fn find_roots(shell: &mut Shell) -> Result<(), Failure> {
 
 pub(super) fn inspect_os(shell: &mut Shell, _: &Arguments) -> Outcome {
     find_roots(shell)?;
-    let text: String = shell.roots.iter().map(|(device, _)| format!("{device}\n")).collect();
-    shell.print(&text)?;
-    Ok(Flow::Continue)
+    let roots: Vec<String> = shell.roots.iter().map(|(device, _)| device.clone()).collect();
+    shell.print_lines(roots)
 }
 
 /// Opens every encrypted volume for which there is a key.
@@ -146,17 +147,15 @@ fn facts<'a>(shell: &'a Shell, root: &str) -> Result<&'a Facts, Failure> {
     }
     let found = shell.roots.iter().find(|(device, _)| device == root);
     found.map(|(_, facts)| facts).ok_or_else(|| {
-        failed(format!("{root}: root device not found: only call this function with a root \
-                        device previously returned by inspect-os"))
+        failed(format!(
+            "{root}: root device not found: only call this function with a root \
+                        device previously returned by inspect-os"
+        ))
     })
 }
 
 /// Prints one fact; what is not known is called so.
-fn fact(
-    shell: &mut Shell,
-    arguments: &Arguments,
-    of: fn(&Facts) -> Option<String>,
-) -> Outcome {
+fn fact(shell: &mut Shell, arguments: &Arguments, of: fn(&Facts) -> Option<String>) -> Outcome {
     let value = of(facts(shell, arguments.text(0))?);
     shell.print(&format!("{}\n", value.as_deref().unwrap_or("unknown")))?;
     Ok(Flow::Continue)
@@ -198,16 +197,14 @@ pub(super) fn mountpoints(shell: &mut Shell, arguments: &Arguments) -> Outcome {
     let root = arguments.text(0);
     let volumes = shell.guest.volumes()?;
     let resolved = mounts_of(facts(shell, root)?, &volumes);
-    let mut text = format!("/: {root}\n");
+    let mut lines = vec![format!("/: {root}")];
     for ResolvedMount { mount, device, .. } in &resolved {
-        if let (Some(device), true) = (device, mount.mountpoint.len() > 1) {
-            if mount.mountpoint.starts_with('/') {
-                text.push_str(&format!("{}: {device}\n", mount.mountpoint));
-            }
+        let below_root = mount.mountpoint.starts_with('/') && mount.mountpoint != "/";
+        if let Some(device) = device.as_ref().filter(|_| below_root) {
+            lines.push(format!("{}: {device}", mount.mountpoint));
         }
     }
-    shell.print(&text)?;
-    Ok(Flow::Continue)
+    shell.print_lines(lines)
 }
 
 #[cfg(test)]

@@ -177,7 +177,11 @@ mod tests {
             ("<! echo ls /", false, Line::Lines(b" echo ls /".into())),
             // A # is a comment at the beginning alone.
             ("echo a # b", false, call("echo", &[b"a", b"#", b"b"], None)),
-            (r#"write /f "a\tb\"\\\101\xff""#, false, call("write", &[b"/f", b"a\tb\"\\A\xff"], None)),
+            (
+                r#"write /f "a\tb\"\\\101\xff""#,
+                false,
+                call("write", &[b"/f", b"a\tb\"\\A\xff"], None),
+            ),
             (r#"echo 'a\n"b'"#, false, call("echo", &[b"a\\n\"b"], None)),
             (r#"echo """#, false, call("echo", &[b""], None)),
             // Quotes inside of a word are data.

@@ -58,17 +58,12 @@ pub(super) fn mount_vfs(shell: &mut Shell, arguments: &Arguments) -> Outcome {
 
 pub(super) fn mounts(shell: &mut Shell, _: &Arguments) -> Outcome {
     let mounts = shell.guest.mounts()?;
-    let text: String = mounts.iter().map(|(device, _)| format!("{device}\n")).collect();
-    shell.print(&text)?;
-    Ok(Flow::Continue)
+    shell.print_lines(mounts.iter().map(|(device, _)| device))
 }
 
 pub(super) fn mountpoints(shell: &mut Shell, _: &Arguments) -> Outcome {
     let mounts = shell.guest.mounts()?;
-    let text: String =
-        mounts.iter().map(|(device, path)| format!("{device}: {path}\n")).collect();
-    shell.print(&text)?;
-    Ok(Flow::Continue)
+    shell.print_lines(mounts.iter().map(|(device, path)| format!("{device}: {path}")))
 }
 
 pub(super) fn unmount(shell: &mut Shell, arguments: &Arguments) -> Outcome {
@@ -133,8 +128,7 @@ mod tests {
 
     #[test]
     fn used_space_is_rounded_up() {
-        let space =
-            Space { size: 4096, free: 1024, inodes: 0, free_inodes: 0, read_only: false };
+        let space = Space { size: 4096, free: 1024, inodes: 0, free_inodes: 0, read_only: false };
         let line = df_line("/dev/sda1", &space, &GuestPath::of("/"));
         assert_eq!(
             line.split_whitespace().collect::<Vec<_>>(),

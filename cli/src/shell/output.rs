@@ -23,7 +23,7 @@ impl Output {
         let mut child = host_shell(command)
             .stdin(Stdio::piped())
             .spawn()
-            .map_err(|error| Failure::io("starting the command after |", error))?;
+            .map_err(|error| Failure::io("starting the command after |", &error))?;
         let input = child.stdin.take();
         Ok(Self::Pipe(child, input))
     }
@@ -45,7 +45,7 @@ impl Output {
     pub(super) fn end(self) -> Result<(), Failure> {
         if let Self::Pipe(mut child, input) = self {
             drop(input);
-            child.wait().map_err(|error| Failure::io("waiting for the command after |", error))?;
+            child.wait().map_err(|error| Failure::io("waiting for the command after |", &error))?;
         }
         Ok(())
     }
@@ -65,8 +65,8 @@ mod tests {
     #[test]
     fn a_reader_that_leaves_early_is_no_failure() {
         let mut output = Output::pipe(b"exit 1").unwrap();
-        for _ in 0..64 {
-            output.write(&[b'x'; 65536]).unwrap();
+        for _ in 0..512 {
+            output.write(&[b'x'; 8192]).unwrap();
         }
         output.end().unwrap();
     }

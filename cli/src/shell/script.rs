@@ -85,7 +85,8 @@ impl Script {
             return Ok(self.words.pop_front());
         }
         if self.origin == Origin::Prompt {
-            let prompt = if program == "guestfish" { "><fs> ".to_owned() } else { format!("{program}> ") };
+            let prompt =
+                if program == "guestfish" { "><fs> ".to_owned() } else { format!("{program}> ") };
             stdout::print(&prompt)?;
         }
         Ok(self.raw_line()?.map(Next::Line))
@@ -98,7 +99,7 @@ impl Script {
         signals::at_prompt(self.origin == Origin::Prompt);
         let read = lines.read_until(b'\n', &mut line);
         signals::at_prompt(false);
-        let read = read.map_err(|error| Failure::io("reading commands", error))?;
+        let read = read.map_err(|error| Failure::io("reading commands", &error))?;
         if read == 0 {
             return Ok(None);
         }

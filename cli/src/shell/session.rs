@@ -12,6 +12,7 @@ use crate::disk::{self, Use};
 use crate::failure::Failure;
 use crate::personality::Personality;
 use crate::{places, stdout};
+use std::fmt::{Display, Write};
 use std::path::Path;
 use std::process::Stdio;
 use tranship_appliance::{CancelToken, Guest};
@@ -38,11 +39,7 @@ pub(super) struct Shell {
 }
 
 impl Shell {
-    pub(super) fn new(
-        personality: Personality,
-        options: &ShellArgs,
-        cancel: &CancelToken,
-    ) -> Self {
+    pub(super) fn new(personality: Personality, options: &ShellArgs, cancel: &CancelToken) -> Self {
         Self {
             guest: Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone()),
             roots: Vec::new(),
@@ -103,6 +100,19 @@ impl Shell {
         self.output.write(text.as_bytes())
     }
 
+    /// Prints a result of several lines.
+    pub(super) fn print_lines<T: Display>(
+        &mut self,
+        lines: impl IntoIterator<Item = T>,
+    ) -> Outcome {
+        let mut text = String::new();
+        for line in lines {
+            let _ = writeln!(text, "{line}");
+        }
+        self.print(&text)?;
+        Ok(Flow::Continue)
+    }
+
     /// Prints bytes of a result.
     pub(super) fn print_bytes(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         self.output.write(bytes)
@@ -158,7 +168,7 @@ impl Shell {
             .stdin(Stdio::inherit())
             .stderr(Stdio::inherit())
             .output()
-            .map_err(|error| Failure::io("starting the command after <!", error))?;
+            .map_err(|error| Failure::io("starting the command after <!", &error))?;
         self.depth += 1;
         let mut flow = Ok(Flow::Continue);
         for line in output.stdout.split(|byte| *byte == b'\n') {
@@ -178,7 +188,7 @@ impl Shell {
 fn host(command: &[u8]) -> Outcome {
     let found = host_shell(command)
         .status()
-        .map_err(|error| Failure::io("starting the command after !", error))?;
+        .map_err(|error| Failure::io("starting the command after !", &error))?;
     status(found).map(|()| Flow::Continue)
 }
 

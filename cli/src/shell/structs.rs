@@ -56,9 +56,10 @@ pub(super) fn mode_letters(found: &Attributes) -> String {
 
 /// A line of `ls -l` without the name.
 pub(super) fn long_line(found: &Attributes) -> String {
-    let time = jiff::Timestamp::from_second(found.modified)
-        .map(|time| time.strftime("%Y-%m-%d %H:%M").to_string())
-        .unwrap_or_else(|_| found.modified.to_string());
+    let time = jiff::Timestamp::from_second(found.modified).map_or_else(
+        |_| found.modified.to_string(),
+        |time| time.strftime("%Y-%m-%d %H:%M").to_string(),
+    );
     format!(
         "{} {:>3} {:>5} {:>5} {:>11} {time}",
         mode_letters(found),

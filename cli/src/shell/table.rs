@@ -5,6 +5,7 @@ use super::script::Script;
 use super::session::Shell;
 use super::{Flow, Outcome, devices, files, inspect, mounts, programs, values};
 use crate::failure::Failure;
+use std::fmt::Write;
 use std::path::PathBuf;
 use tranship_protocol::GuestPath;
 
@@ -163,11 +164,13 @@ impl Command {
     fn usage(&self) -> String {
         let mut usage = self.name.to_owned();
         for (name, kind) in self.parameters {
-            let name = if *kind == Kind::Rest { format!("[{name}…]") } else { (*name).to_owned() };
-            usage.push_str(&format!(" {name}"));
+            let _ = match kind {
+                Kind::Rest => write!(usage, " [{name}…]"),
+                _ => write!(usage, " {name}"),
+            };
         }
         for (name, _) in self.optional {
-            usage.push_str(&format!(" [{name}:…]"));
+            let _ = write!(usage, " [{name}:…]");
         }
         usage
     }
@@ -345,6 +348,8 @@ fn echo(shell: &mut Shell, arguments: &Arguments) -> Outcome {
     Ok(Flow::Continue)
 }
 
+// The table's functions have one type.
+#[allow(clippy::unnecessary_wraps)]
 fn quit(_: &mut Shell, _: &Arguments) -> Outcome {
     Ok(Flow::Quit)
 }
@@ -355,19 +360,14 @@ fn version(shell: &mut Shell, _: &Arguments) -> Outcome {
 }
 
 fn help(shell: &mut Shell, arguments: &Arguments) -> Outcome {
-    let text = match arguments.rest.first() {
-        None => COMMANDS.iter().map(|c| format!("{:<26} {}\n", c.name, c.help)).collect(),
-        Some(name) => {
-            let name = String::from_utf8_lossy(name);
-            let command = find(&name)
-                .ok_or_else(|| Failure::usage(format!("{name}: unknown command")))?;
-            let aliases: String =
-                command.aliases.iter().map(|alias| format!("also called {alias}\n")).collect();
-            format!("{}\n    {}\n{aliases}", command.usage(), command.help)
-        }
+    let Some(name) = arguments.rest.first() else {
+        return shell.print_lines(COMMANDS.iter().map(|c| format!("{:<26} {}", c.name, c.help)));
     };
-    shell.print(&text)?;
-    Ok(Flow::Continue)
+    let name = String::from_utf8_lossy(name);
+    let command = find(&name).ok_or_else(|| Failure::usage(format!("{name}: unknown command")))?;
+    let mut lines = vec![command.usage(), format!("    {}", command.help)];
+    lines.extend(command.aliases.iter().map(|alias| format!("    also called {alias}")));
+    shell.print_lines(lines)
 }
 
 #[cfg(test)]
