@@ -12,6 +12,7 @@ mod tests;
 mod write;
 
 pub(crate) use osinfo::osinfo_url;
+pub(crate) use read::LONGEST;
 
 use std::fmt;
 use std::path::PathBuf;
