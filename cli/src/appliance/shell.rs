@@ -13,7 +13,10 @@ use std::io::{BufRead, IsTerminal, Write};
 use tranship_appliance::{CancelToken, Guest};
 
 /// Goes to where the last line left off, runs the line, and remembers where that led.
-const SCRIPT: &str = r#"f=/run/tranship-cwd
+/// The appliance has disk programs only; busybox, if it is there, lends `ls` and the like.
+const SCRIPT: &str = r#"a=/run/tranship-applets f=/run/tranship-cwd
+[ -d "$a" ] || { busybox mkdir -p "$a" && busybox --install -s "$a"; } 2> /dev/null
+PATH=$PATH:$a
 [ -f "$f" ] && IFS= read -r d < "$f" && cd "$d"
 eval "$1"
 s=$?
