@@ -62,9 +62,9 @@ impl Domain {
 
     fn read_system(&mut self, system: Node<'_, '_>) {
         if let Some(kind) = child(system, "type") {
-            self.arch = kind.attribute("arch").unwrap_or("x86_64").to_owned();
+            self.arch = kind.attribute("arch").unwrap_or("x86_64").into();
             // libvirt's own choice for x86 where nothing is said.
-            self.machine = kind.attribute("machine").unwrap_or("pc").to_owned();
+            self.machine = kind.attribute("machine").unwrap_or("pc").into();
         }
         let loader = child(system, "loader");
         let is_uefi = system.attribute("firmware") == Some("efi")

@@ -3,7 +3,7 @@
 
 use super::machine::{Ports, Surroundings, arguments};
 use super::qmp::Qmp;
-use super::signs::{Sign, Watcher};
+use super::signs::{Sign, Wanted, Watcher};
 use super::{VerifyOptions, agent, console, disks, firmware, memory_mib, screen};
 use crate::event::{Event, Reporter};
 use crate::libvirt::Domain;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -26,6 +26,9 @@ use tranship_nbd::Running;
 const TICK: Duration = Duration::from_millis(100);
 /// How often the guest agent is asked.
 const AGENT_PERIOD: Duration = Duration::from_secs(3);
+/// How often the screen is looked at: most guests of other hypervisors say nothing on a
+/// serial port, and fail on the screen.
+const SCREEN_PERIOD: Duration = Duration::from_secs(3);
 /// What the guest may still print after a sign, so that the log does not end in mid-line.
 const LINGER: Duration = Duration::from_millis(300);
 /// How long QEMU may take to speak, and to end when it is told to.
@@ -45,7 +48,10 @@ pub(crate) struct Boot {
     /// Keeps `signs` open whatever the listeners do.
     _sender: Sender<Sign>,
     _disks: Running,
+    /// Where QEMU puts what is on the screen.
+    folder: PathBuf,
     begun: Instant,
+    looked: Instant,
     ended: Option<Instant>,
     backend: &'static str,
 }
@@ -94,19 +100,19 @@ impl Boot {
 
         let (sender, signs) = channel();
         let qmp = Qmp::start(qmp, events_to(sender.clone()))?;
-        let expected = options.expect.clone();
+        let wanted = options.expect.clone().map_or(Wanted::Login, Wanted::Text);
         let mut listeners = vec![console::follow(
             "console",
             serial,
             Some(log),
-            Watcher::new(expected),
+            Watcher::new(wanted),
             sender.clone(),
         )?];
         listeners.push(console::follow(
             "firmware",
             bios,
             None,
-            Watcher::new(None),
+            Watcher::new(Wanted::Nothing),
             sender.clone(),
         )?);
         let silent_agent = if options.expect.is_none() {
@@ -134,7 +140,9 @@ impl Boot {
             signs,
             _sender: sender,
             _disks: served,
+            folder: folder.path().to_owned(),
             begun: Instant::now(),
+            looked: Instant::now(),
             ended: None,
             backend,
         };
@@ -168,6 +176,9 @@ impl Boot {
                     Sign::Death(format!("QEMU ended with {status}: {}", said.trim()))
                 });
             }
+            if let Some(sign) = self.death_on_screen() {
+                break sign;
+            }
             if self.begun.elapsed() >= limit {
                 let seconds = limit.as_secs();
                 break Sign::Death(format!("no sign of life in {seconds} s"));
@@ -176,6 +187,22 @@ impl Boot {
         self.ended = Some(Instant::now());
         std::thread::sleep(LINGER);
         Ok(sign)
+    }
+
+    /// The sign of death that the screen shows in text mode, if it is time to look.
+    fn death_on_screen(&mut self) -> Option<Sign> {
+        if self.looked.elapsed() < SCREEN_PERIOD {
+            return None;
+        }
+        let text = screen::read_text(&mut self.qmp, &self.folder);
+        self.looked = Instant::now();
+        match text {
+            Ok(text) => Watcher::new(Wanted::Nothing).take(text.as_bytes()),
+            Err(error) => {
+                tracing::debug!(%error, "the screen's text");
+                None
+            }
+        }
     }
 
     /// From the start to the sign.

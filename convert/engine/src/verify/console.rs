@@ -68,6 +68,7 @@ pub(crate) fn tail(log: &Path, lines: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::verify::signs::Wanted;
     use std::sync::mpsc::channel;
 
     #[test]
@@ -77,7 +78,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let (sender, signs) = channel();
         let file = File::create(&path).unwrap();
-        let thread = follow("test", ours, Some(file), Watcher::new(None), sender).unwrap();
+        let thread = follow("test", ours, Some(file), Watcher::new(Wanted::Login), sender).unwrap();
         theirs
             .write_all(b"first\r\n\x1b[1mhost login: \r\nKernel panic - not syncing\n\n")
             .unwrap();

@@ -74,7 +74,8 @@ pub(crate) fn arguments(domain: &Domain, around: &Surroundings<'_>) -> Result<Ve
         let mac = nic.mac.as_ref().map(|mac| format!(",mac={mac}")).unwrap_or_default();
         // DHCP answers, so that nothing in the guest waits for it, but no packet leaves.
         line.add("-netdev", format!("user,id=net{index},restrict=on"));
-        line.add("-device", format!("{model},netdev=net{index}{mac}"));
+        // Without its ROM it is not booted from, which could only delay the verdict.
+        line.add("-device", format!("{model},netdev=net{index},romfile={mac}"));
     }
     if domain.rng {
         line.add("-device", chipset.virtio("virtio-rng-pci"));
@@ -432,6 +433,9 @@ mod tests {
         };
         let line = words(&domain).unwrap();
         assert!(line.contains("-netdev user,id=net0,restrict=on "), "{line}");
-        assert!(line.contains("virtio-net-pci,netdev=net0,mac=00:50:56:01:02:03"), "{line}");
+        assert!(
+            line.contains("virtio-net-pci,netdev=net0,romfile=,mac=00:50:56:01:02:03"),
+            "{line}"
+        );
     }
 }

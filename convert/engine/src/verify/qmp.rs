@@ -35,9 +35,8 @@ impl Message {
             Error::new(ErrorKind::Conversion, format!("QEMU sent {start:?}, which is no message"))
         };
         let value: Value = serde_json::from_str(line).map_err(|error| unknown().because(error))?;
-        let mut object = match value {
-            Value::Object(object) => object,
-            _ => return Err(unknown()),
+        let Value::Object(mut object) = value else {
+            return Err(unknown());
         };
         if object.contains_key("QMP") {
             return Ok(Self::Greeting);

@@ -41,6 +41,37 @@ pub(crate) fn shoot(qmp: &mut Qmp, folder: &Path, target: &Path) -> Result<()> {
     file.flush().map_err(stored)
 }
 
+/// Where the text of a screen in text mode lies in the machine's memory.
+const TEXT_ADDRESS: u64 = 0xb8000;
+/// All of it: where the screen begins therein moves when it scrolls.
+const TEXT_LEN: usize = 32 << 10;
+/// Letters and attributes of one line, a byte each in turn.
+const TEXT_LINE: usize = 160;
+
+/// What the screen of a PC in text mode shows, and what has scrolled out of it; anything at
+/// all if it is in a graphics mode.
+pub(crate) fn read_text(qmp: &mut Qmp, folder: &Path) -> Result<String> {
+    let raw = folder.join("screen.text");
+    let name = raw.to_str().ok_or_else(|| failed("the temporary folder's name is not UTF-8"))?;
+    let arguments = json!({"val": TEXT_ADDRESS, "size": TEXT_LEN, "filename": name});
+    qmp.execute("pmemsave", arguments, Duration::from_secs(5))?;
+    let bytes = std::fs::read(&raw).map_err(|error| failed("QEMU's text").because(error))?;
+    Ok(text_of(bytes.get(..TEXT_LEN).unwrap_or_default()))
+}
+
+fn text_of(memory: &[u8]) -> String {
+    let lines = memory.chunks(TEXT_LINE).map(|line| {
+        let letters = line.iter().step_by(2).map(|byte| match byte {
+            b' '..=b'~' => char::from(*byte),
+            _ => ' ',
+        });
+        let line: String = letters.collect();
+        // A prompt ends with one space; the rest of its line is blank as well.
+        format!("{} \n", line.trim_end())
+    });
+    lines.collect()
+}
+
 /// Width, height and the pixels, three bytes each, of a binary PPM.
 fn read_ppm(bytes: &[u8]) -> Result<(u32, u32, &[u8])> {
     let mut rest = bytes.strip_prefix(b"P6").ok_or_else(|| failed("QEMU's picture is no PPM"))?;
@@ -74,6 +105,17 @@ fn failed(message: impl Into<String>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn text_is_read_line_by_line_without_attributes() {
+        let mut memory = vec![0; 2 * TEXT_LINE];
+        for (place, letter) in (TEXT_LINE..).step_by(2).zip(b"(initramfs)") {
+            memory[place] = *letter;
+            memory[place + 1] = 7;
+        }
+        assert_eq!(text_of(&memory), " \n(initramfs) \n");
+        assert_eq!(text_of(&[]), "");
+    }
 
     #[test]
     fn pictures_are_read_whole_or_not_at_all() {

@@ -26,11 +26,21 @@ const DEATHS: [(&str, &str); 9] = [
     ("Entering emergency mode", "the initramfs is in emergency mode"),
 ];
 
+/// Which signs of life count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// A login prompt.
+    Login,
+    /// This text on one line.
+    Text(String),
+    /// None: only deaths are looked for.
+    Nothing,
+}
+
 /// Looks for signs in console output as it comes, in pieces of any size.
 #[derive(Debug)]
 pub(crate) struct Watcher {
-    /// The only sign of life that counts; the login prompt if there is none.
-    expected: Option<String>,
+    wanted: Wanted,
     line: Vec<u8>,
     escape: Escape,
 }
@@ -47,8 +57,8 @@ enum Escape {
 }
 
 impl Watcher {
-    pub(crate) fn new(expected: Option<String>) -> Self {
-        Self { expected, line: Vec::new(), escape: Escape::None }
+    pub(crate) fn new(wanted: Wanted) -> Self {
+        Self { wanted, line: Vec::new(), escape: Escape::None }
     }
 
     /// Takes the next bytes; the first sign in them.
@@ -88,11 +98,11 @@ impl Watcher {
     /// The sign that the last byte completed.
     fn sign_at_end(&self) -> Option<Sign> {
         let ends_with = |text: &str| self.line.ends_with(text.as_bytes());
-        match &self.expected {
-            Some(expected) if ends_with(expected) => {
+        match &self.wanted {
+            Wanted::Text(expected) if ends_with(expected) => {
                 return Some(Sign::Life(format!("{expected:?} appeared on the serial console")));
             }
-            None if ends_with("login: ") && !ends_with("Last login: ") => {
+            Wanted::Login if ends_with("login: ") && !ends_with("Last login: ") => {
                 let prompt = String::from_utf8_lossy(&self.line);
                 let prompt = prompt.trim();
                 return Some(Sign::Life(format!("login prompt on the serial console: {prompt:?}")));
@@ -109,8 +119,9 @@ mod tests {
     use super::*;
 
     fn first(expected: Option<&str>, text: &str) -> Option<Sign> {
-        let whole = Watcher::new(expected.map(Into::into)).take(text.as_bytes());
-        let mut piecewise = Watcher::new(expected.map(Into::into));
+        let wanted = expected.map_or(Wanted::Login, |text| Wanted::Text(text.into()));
+        let whole = Watcher::new(wanted.clone()).take(text.as_bytes());
+        let mut piecewise = Watcher::new(wanted);
         let found = text.as_bytes().iter().find_map(|byte| piecewise.take(&[*byte]));
         assert_eq!(whole, found, "{text:?}");
         whole
@@ -135,6 +146,7 @@ mod tests {
     fn an_expected_text_is_the_only_sign_of_life() {
         assert_eq!(first(Some("GUEST-DONE"), "host login: "), None);
         assert_eq!(first(Some("GUEST-DONE"), "GUEST-\nDONE"), None);
+        assert_eq!(Watcher::new(Wanted::Nothing).take(b"host login: "), None);
         let sign = first(Some("GUEST-DONE"), "host login: \r\nGUEST-DO\x1b[0mNE\r\n");
         assert!(matches!(sign, Some(Sign::Life(_))), "{sign:?}");
         // It wins over a death of the same words.
@@ -156,12 +168,14 @@ mod tests {
         ] {
             assert!(matches!(first(None, text), Some(Sign::Death(_))), "{text:?}");
             assert!(matches!(first(Some("x!"), text), Some(Sign::Death(_))), "{text:?}");
+            let sign = Watcher::new(Wanted::Nothing).take(text.as_bytes());
+            assert!(matches!(sign, Some(Sign::Death(_))), "{text:?}");
         }
     }
 
     #[test]
     fn endless_lines_are_bounded_and_still_looked_at() {
-        let mut watcher = Watcher::new(None);
+        let mut watcher = Watcher::new(Wanted::Login);
         for _ in 0..10 * LONGEST_LINE {
             assert_eq!(watcher.take(b"x"), None);
             assert!(watcher.line.len() <= LONGEST_LINE);
