@@ -28,7 +28,9 @@ fn run(shell: &mut Shell, call: &str, words: &[&str]) -> Outcome {
     let ended = shell.guest.run(words, true, None, None, &mut take)?;
     if ended.status != 0 {
         let said = String::from_utf8_lossy(&output);
-        let message = format!("{call}: exited with status {}: {}", ended.status, said.trim_end());
+        let said = said.trim_end();
+        let colon = if said.is_empty() { "" } else { ": " };
+        let message = format!("{call}: exited with status {}{colon}{said}", ended.status);
         return Err(Error::new(ErrorKind::Call, message).into());
     }
     output.push(b'\n');
