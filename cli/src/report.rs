@@ -23,6 +23,11 @@ pub(crate) struct Reports {
     errors_in_events: bool,
 }
 
+/// Whether an event counts steps instead of bytes: each of them is news.
+fn counts_steps(event: &Event) -> bool {
+    event.name.ends_with(".step")
+}
+
 /// What a command line says about reports.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wishes<'a> {

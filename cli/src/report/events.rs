@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Events as JSON, one object a line: docs/events.md.
 
+use super::counts_steps;
 use crate::failure::Failure;
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
@@ -103,7 +104,9 @@ impl Events {
 impl State {
     /// Whether an event is to be written, or is progress that comes too soon.
     fn is_due(&mut self, event: &Event, now: Instant) -> bool {
-        let Some((done, total)) = event.progress else { return true };
+        let Some((done, total)) = event.progress.filter(|_| !counts_steps(event)) else {
+            return true;
+        };
         let complete = done >= total;
         let key = (event.name, event.disk);
         let due = self.written.get(&key).is_none_or(|(last, was_complete)| {
@@ -200,6 +203,16 @@ mod tests {
             .collect();
         assert_eq!(seen, [(0, 0), (0, 100), (1, 0), (1, 100)]);
         assert_eq!(lines.last().unwrap()["seq"], 4);
+    }
+
+    #[test]
+    fn no_step_is_left_out() {
+        let lines = written(|events| {
+            for done in 1..=12 {
+                events.report(&Event::step("convert.step", "edit").at(done, 12));
+            }
+        });
+        assert_eq!(lines.len(), 12);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Messages for people: lines with the time, and bars where a terminal is.
 
+use super::counts_steps;
 use crate::stdout;
 use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::HashMap;
@@ -89,7 +90,7 @@ impl Human {
     }
 
     pub(super) fn report(&self, event: &Event) {
-        if let Some((done, total)) = event.progress {
+        if let Some((done, total)) = event.progress.filter(|_| !counts_steps(event)) {
             if !self.quiet {
                 self.progress(event, done, total);
             }
