@@ -44,6 +44,8 @@ fn command(arguments: &[&str]) -> Result<Command> {
         .env("DM_DISABLE_UDEV", "1")
         .env("MDADM_NO_UDEV", "1")
         .env("LVM_SUPPRESS_FD_WARNINGS", "1")
+        // The tools disk is read-only: LVM keeps no files of its own.
+        .env("LVM_SYSTEM_DIR", "")
         .stdin(Stdio::null());
     Ok(command)
 }
