@@ -43,8 +43,8 @@ fuzz: setup ## Random input for the parsers, FUZZ_SECONDS long (default 300)
 	@tests/fuzz.sh
 
 .PHONY: nested
-nested: build ## Boot inside a nested machine with KVM
-	@tests/nested/nested.sh
+nested: setup ## Let the KVM probe judge a nested machine with real (emulated) SVM
+	@tests/nested/probe.sh
 
 .PHONY: setup
 setup: ## Install what building and testing need (apt; no-op if it is there)
