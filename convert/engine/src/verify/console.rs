@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Keeping what the guest prints while looking for signs in it.
 
-use super::signs::{Sign, Watcher};
+use super::signs::{Sign, Watcher, plain};
 use crate::{Error, ErrorKind, Result};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -54,14 +54,12 @@ pub(crate) fn follow(
     })
 }
 
-/// The last lines of a console log, without control characters.
+/// The last lines of a console log, without escapes and control characters.
 pub(crate) fn tail(log: &Path, lines: usize) -> String {
     let bytes = std::fs::read(log).unwrap_or_default();
     let start = bytes.len().saturating_sub(TAIL_BYTES);
-    let text = String::from_utf8_lossy(bytes.get(start..).unwrap_or_default());
-    let clean: String =
-        text.chars().filter(|letter| !letter.is_control() || *letter == '\n').collect();
-    let all: Vec<&str> = clean.lines().filter(|line| !line.trim().is_empty()).collect();
+    let text = plain(bytes.get(start..).unwrap_or_default());
+    let all: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     all.get(all.len().saturating_sub(lines)..).unwrap_or_default().join("\n")
 }
 
@@ -83,7 +81,6 @@ mod tests {
             .write_all(b"first\r\n\x1b[1mhost login: \r\nKernel panic - not syncing\n\n")
             .unwrap();
         assert!(matches!(signs.recv().unwrap(), Sign::Life(_)));
-        let start = tail(&path, 2);
         let line = [b'x'; 4096];
         for _ in 0..LONGEST_LOG / 4096 + 2 {
             theirs.write_all(&line).unwrap();
@@ -92,9 +89,8 @@ mod tests {
         thread.join().unwrap();
         assert!(signs.recv().is_err());
         assert_eq!(std::fs::metadata(&path).unwrap().len(), LONGEST_LOG);
-        assert!(start.is_empty() || start.contains("host login: "), "{start:?}");
         std::fs::write(&path, "a\n\x1b[1mb\r\n\nc\n").unwrap();
-        assert_eq!(tail(&path, 2), "[1mb\nc");
+        assert_eq!(tail(&path, 2), "b\nc");
         assert_eq!(tail(&folder.path().join("none"), 2), "");
     }
 }

@@ -82,14 +82,20 @@ fn seconds<S: Serializer>(elapsed: &Duration, to: S) -> std::result::Result<S::O
 /// # Errors
 ///
 /// [`ErrorKind::Input`] for XML or disks that cannot be used, [`ErrorKind::Blocked`] if
-/// there is no QEMU or no UEFI firmware for it, [`ErrorKind::Usage`] if the log or the
-/// picture would overwrite the guest, [`ErrorKind::Interrupted`] once `cancel` is, and
+/// there is no QEMU or no UEFI firmware for it, [`ErrorKind::Usage`] if the expected text
+/// cannot appear or if the log or the picture would overwrite the guest, [`ErrorKind::Interrupted`] once `cancel` is, and
 /// [`ErrorKind::Conversion`] or [`ErrorKind::Transient`] if the machine cannot be started.
 pub fn verify_boot(
     options: &VerifyOptions,
     reporter: &dyn Reporter,
     cancel: &CancelToken,
 ) -> Result<BootReport> {
+    if let Some(text) = options.expect.as_ref().filter(|text| !is_one_line(text)) {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("the expected text is {text:?}, and should be (a part of) one line"),
+        ));
+    }
     let domain = read_domain(&options.xml)?;
     if domain.disks.is_empty() {
         return Err(Error::new(ErrorKind::Input, "the guest has no disks")
@@ -140,6 +146,11 @@ pub fn verify_boot(
     }
     let console_log = options.console_log.clone();
     Ok(BootReport { alive, sign, elapsed, console_log, screenshot, backend })
+}
+
+/// Whether `text` can appear on one line without control characters.
+fn is_one_line(text: &str) -> bool {
+    !text.is_empty() && !text.chars().any(char::is_control)
 }
 
 fn read_domain(path: &Path) -> Result<Domain> {
@@ -216,6 +227,10 @@ mod tests {
         let kind =
             |options: &VerifyOptions| verify_boot(options, &Quiet, &cancel).unwrap_err().kind();
         assert_eq!(kind(&options(&xml)), ErrorKind::Input);
+        for text in ["", "two\nlines", "\u{1b}[1m"] {
+            let never = VerifyOptions { expect: Some(text.into()), ..options(&xml) };
+            assert_eq!(kind(&never), ErrorKind::Usage, "{text:?}");
+        }
         let mut domain = Domain::new("g", 1 << 20, 1);
         std::fs::write(&xml, domain.to_xml().unwrap()).unwrap();
         assert_eq!(kind(&options(&xml)), ErrorKind::Input);
@@ -231,6 +246,62 @@ mod tests {
         let slip = VerifyOptions { console_log: Some(disk.clone()), ..options(&xml) };
         assert_eq!(kind(&slip), ErrorKind::Usage);
         assert_eq!(std::fs::read(&disk).unwrap(), b"precious");
+    }
+
+    /// A guest with an empty disk, or `None` with a visible reason if nothing can run it.
+    fn empty_guest(folder: &Path) -> Option<VerifyOptions> {
+        if tranship_appliance::qemu_program().is_none() {
+            eprintln!("skipped: qemu-system-x86_64 is not installed");
+            return None;
+        }
+        let disk = folder.join("disk,with a comma");
+        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        let mut domain = Domain::new("empty", 128 << 10, 1);
+        domain.disks.push(crate::libvirt::Disk {
+            path: disk,
+            format: "raw".into(),
+            target: "vda".into(),
+            bus: crate::libvirt::Bus::Virtio,
+            boot_order: Some(1),
+        });
+        domain.nics.push(crate::libvirt::Nic {
+            mac: Some("52:54:00:00:00:01".into()),
+            connection: crate::libvirt::Connection::Network("default".into()),
+            model: "virtio".into(),
+        });
+        let xml = folder.join("empty.xml");
+        std::fs::write(&xml, domain.to_xml().unwrap()).unwrap();
+        Some(VerifyOptions { limit: Duration::from_mins(3), ..options(&xml) })
+    }
+
+    #[test]
+    fn a_disk_without_a_boot_loader_is_noticed_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(options) = empty_guest(folder.path()) else { return };
+        let picture = folder.path().join("screen.png");
+        let options = VerifyOptions { screenshot: Some(picture.clone()), ..options };
+        let report = verify_boot(&options, &Quiet, &CancelToken::default()).unwrap();
+        assert!(!report.alive && report.sign.contains("nothing to boot from"), "{report:?}");
+        assert_eq!(report.backend, "qemu-tcg");
+        assert_eq!(report.screenshot.as_ref(), Some(&picture));
+        let decoder = png::Decoder::new(std::io::BufReader::new(File::open(picture).unwrap()));
+        assert!(decoder.read_info().unwrap().info().width >= 640);
+    }
+
+    #[test]
+    fn a_cancelled_boot_ends_at_once_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let Some(options) = empty_guest(folder.path()) else { return };
+        let cancel = CancelToken::default();
+        cancel.cancel();
+        let error = verify_boot(&options, &Quiet, &cancel).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Interrupted);
+        let mut left: Vec<String> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["disk,with a comma", "empty.xml"]);
     }
 
     #[test]

@@ -14,12 +14,13 @@ pub(crate) enum Sign {
 }
 
 /// What ends a boot, and what it means.
-const DEATHS: [(&str, &str); 9] = [
+const DEATHS: [(&str, &str); 10] = [
     ("Kernel panic - not syncing", "the kernel panicked"),
     ("Gave up waiting for root", "the initramfs did not find the root filesystem"),
     ("(initramfs) ", "the initramfs stopped at its prompt"),
     ("No bootable device", "the firmware found nothing to boot from"),
     ("No bootable option or device was found", "the firmware found nothing to boot from"),
+    ("Shell> ", "the UEFI firmware found nothing to boot from and started its shell"),
     ("grub rescue> ", "GRUB did not find its own files"),
     ("You are in emergency mode", "the guest is in emergency mode"),
     ("Welcome to emergency mode", "the guest is in emergency mode"),
@@ -42,13 +43,14 @@ pub(crate) enum Wanted {
 pub(crate) struct Watcher {
     wanted: Wanted,
     line: Vec<u8>,
-    escape: Escape,
+    escapes: Escapes,
 }
 
-/// Where in an escape sequence the last byte was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Escape {
-    None,
+/// Where in a terminal's escape sequence the last byte was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Escapes {
+    #[default]
+    Outside,
     Begun,
     /// Ends with a letter.
     Control,
@@ -56,9 +58,34 @@ enum Escape {
     Text,
 }
 
+impl Escapes {
+    /// Takes the next byte; whether it is none of a sequence.
+    fn pass(&mut self, byte: u8) -> bool {
+        let (next, passes) = match (*self, byte) {
+            (_, 0x1b) => (Self::Begun, false),
+            (Self::Begun, b'[') => (Self::Control, false),
+            (Self::Begun, b']') => (Self::Text, false),
+            (Self::Begun, _) | (Self::Control, 0x40..=0x7e) | (Self::Text, 0x07) => {
+                (Self::Outside, false)
+            }
+            (state, _) => (state, state == Self::Outside),
+        };
+        *self = next;
+        passes
+    }
+}
+
+/// `output` as text without escape sequences and without control characters but line ends.
+pub(crate) fn plain(output: &[u8]) -> String {
+    let mut escapes = Escapes::default();
+    let bytes: Vec<u8> = output.iter().copied().filter(|byte| escapes.pass(*byte)).collect();
+    let text = String::from_utf8_lossy(&bytes);
+    text.chars().filter(|letter| !letter.is_control() || *letter == '\n').collect()
+}
+
 impl Watcher {
     pub(crate) fn new(wanted: Wanted) -> Self {
-        Self { wanted, line: Vec::new(), escape: Escape::None }
+        Self { wanted, line: Vec::new(), escapes: Escapes::default() }
     }
 
     /// Takes the next bytes; the first sign in them.
@@ -67,17 +94,7 @@ impl Watcher {
     }
 
     fn take_byte(&mut self, byte: u8) -> Option<Sign> {
-        self.escape = match (self.escape, byte) {
-            (_, 0x1b) => Escape::Begun,
-            (Escape::Begun, b'[') => Escape::Control,
-            (Escape::Begun, b']') => Escape::Text,
-            (Escape::Control, 0x40..=0x7e) | (Escape::Text, 0x07) | (Escape::Begun, _) => {
-                self.escape = Escape::None;
-                return None;
-            }
-            (state, _) => state,
-        };
-        if self.escape != Escape::None {
+        if !self.escapes.pass(byte) {
             return None;
         }
         match byte {
@@ -162,6 +179,7 @@ mod tests {
             "BusyBox v1.35.0\r\n(initramfs) ",
             "No bootable device.  Retrying in 60 seconds.",
             "BdsDxe: No bootable option or device was found.",
+            "\x1b[10;01H\x1b[1m\x1b[33m\x1b[40mShell> \x1b[0m",
             "error: unknown filesystem.\r\nEntering rescue mode...\r\ngrub rescue> ",
             "You are in emergency mode. After logging in",
             "\x1b[0;1;31mEntering emergency mode. Exit the shell to continue.",
@@ -171,6 +189,12 @@ mod tests {
             let sign = Watcher::new(Wanted::Nothing).take(text.as_bytes());
             assert!(matches!(sign, Some(Sign::Death(_))), "{text:?}");
         }
+    }
+
+    #[test]
+    fn text_is_left_when_escapes_are_gone() {
+        let output = b"\x1b[0;1;31mred\x1b[0m\r\n\x1b]0;title\x1b\\b\xc3\xbc\xff\x1bM\x07\x1b[";
+        assert_eq!(plain(output), "red\nb\u{fc}\u{fffd}");
     }
 
     #[test]
