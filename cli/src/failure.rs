@@ -80,12 +80,10 @@ impl Failure {
         self.kind
     }
 
-    /// The exit code; for an interruption it names the signal.
+    /// The exit code. Whatever fails after a signal fails because of it, though it may look
+    /// like something else from inside.
     pub(crate) fn exit_code(&self) -> u8 {
-        match self.kind {
-            ErrorKind::Interrupted => signals::exit_code().unwrap_or(130),
-            kind => kind.exit_code(),
-        }
+        signals::exit_code().unwrap_or_else(|| self.kind.exit_code())
     }
 
     /// All of it, one fact a line, after `program`'s name.
