@@ -25,7 +25,7 @@ pub(crate) struct Reports {
 
 /// Whether an event counts steps instead of bytes: each of them is news.
 fn counts_steps(event: &Event) -> bool {
-    event.name.ends_with(".step")
+    event.name.rsplit('.').next() == Some("step")
 }
 
 /// What a command line says about reports.

@@ -48,6 +48,24 @@ pub(crate) fn load(name: &str) -> Result<()> {
         .map_err(|failure| plain(format!("kernel module {name}: {}", failure.message)))
 }
 
+/// Aliases of the tools disk: `alias name`, such as `fs-ext2 ext4`.
+const ALIASES: &str = "/lib/modules/aliases";
+
+/// Loads the driver of a filesystem, which may be part of another one's.
+pub(crate) fn load_filesystem(fstype: &str) -> Result<()> {
+    crate::tools::ensure()?;
+    let text = fs::read_to_string(ALIASES).unwrap_or_default();
+    load(driver_of(&text, fstype).unwrap_or(fstype))
+}
+
+/// The module that the kernel would ask for to mount a filesystem of this type.
+fn driver_of<'a>(aliases: &'a str, fstype: &str) -> Option<&'a str> {
+    aliases.lines().find_map(|line| {
+        let (alias, module) = line.split_once(' ')?;
+        (alias.strip_prefix("fs-")? == fstype).then_some(module.trim())
+    })
+}
+
 /// Name to the paths to insert in order; the module's own path comes last.
 fn parse_index(text: &str) -> HashMap<String, Vec<String>> {
     let mut index = HashMap::new();
@@ -64,6 +82,13 @@ fn parse_index(text: &str) -> HashMap<String, Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_filesystem_may_be_part_of_another_driver() {
+        let aliases = "fs-ext2 ext4\nfs-ext4 ext4\ncrypto-xts xts\n";
+        assert_eq!(driver_of(aliases, "ext2"), Some("ext4"));
+        assert_eq!(driver_of(aliases, "xts"), None);
+    }
 
     #[test]
     fn dependencies_come_before_the_module() {

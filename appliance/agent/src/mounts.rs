@@ -95,7 +95,7 @@ pub(crate) fn mount_guest(
     if fstype == "ntfs" && !has_driver("ntfs3") {
         mount_ntfs(device, &target, options)?;
     } else {
-        modules::load(fstype)?;
+        modules::load_filesystem(fstype)?;
         if fstype == "vfat" {
             for module in ["nls_cp437", "nls_iso8859_1", "nls_utf8", "nls_ascii"] {
                 modules::load(module)?;

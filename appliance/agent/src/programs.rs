@@ -82,6 +82,14 @@ impl Running {
         &self.name
     }
 
+    /// Waits for the program's end, at most `limit`.
+    pub(crate) fn wait_for_end(&mut self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     /// Ends the program and everything that it started inside the guest's tree, so that
     /// nothing keeps the guest's filesystems busy.
     pub(crate) fn kill_all(&mut self) {

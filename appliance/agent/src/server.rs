@@ -17,6 +17,9 @@ use tranship_protocol::{
     WINDOW,
 };
 
+/// Time that a program gets to end after it has closed its output.
+const EXIT_GRACE: Duration = Duration::from_secs(30);
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -312,6 +315,10 @@ impl Worker {
                 });
             }
             let outcome = self.follow(&mut running, timeout);
+            if outcome.is_ok() {
+                // A program that has closed its output may still be on its way out.
+                running.wait_for_end(EXIT_GRACE);
+            }
             running.kill_all();
             // Ends the thread above if the host has not closed the input.
             let _ = lock(&self.request.upload).send(None);

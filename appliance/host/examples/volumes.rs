@@ -14,7 +14,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if tranship_agent::is_appliance() {
         tranship_agent::run()
     }
-    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .init();
     let mut arguments = std::env::args_os().skip(1);
     let cache = arguments.next().ok_or("which folder keeps the appliance?")?;
     let begun = Instant::now();

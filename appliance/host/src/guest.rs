@@ -161,6 +161,7 @@ impl Guest {
         let backend = choice.into_backend()?;
         let folder = tempfile::Builder::new()
             .prefix("tranship-")
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700))
             .tempdir_in(&self.settings.runtime_dir)
             .map_err(|error| failed("a folder for sockets", error))?;
         let disk_socket = folder.path().join("nbd");

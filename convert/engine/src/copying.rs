@@ -51,7 +51,9 @@ pub(crate) fn copy_disks(
         let begun = Instant::now();
         let copied = copy(overlay.as_ref(), device.as_ref(), &options, &observer)
             .map_err(|error| from_copy(&disk.name, error))?;
-        device.flush().map_err(|error| from_block(format!("writing {}", disk.name), error, false))?;
+        device
+            .flush()
+            .map_err(|error| from_block(format!("writing {}", disk.name), error, false))?;
         drop(device);
         if let Some(disk) = journal.disks.get_mut(index) {
             disk.complete = true;
@@ -79,10 +81,8 @@ pub(crate) fn copy_disks(
 fn from_copy(name: &str, error: tranship_block::Error) -> Error {
     let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref());
     let kind = cause.map_or(error.kind(), tranship_block::Error::kind);
-    let input = matches!(
-        kind,
-        tranship_block::ErrorKind::Corrupt | tranship_block::ErrorKind::Unsupported
-    );
+    let input =
+        matches!(kind, tranship_block::ErrorKind::Corrupt | tranship_block::ErrorKind::Unsupported);
     if input {
         return Error::new(ErrorKind::Input, format!("copying {name}")).because(error);
     }
@@ -96,8 +96,7 @@ fn check_space(request: &Request, journal: &Journal, overlays: &[Arc<Qcow2>]) ->
         if disk.complete {
             continue;
         }
-        let bytes =
-            if request.preallocated { disk.size } else { data_bytes(overlay.as_ref())? };
+        let bytes = if request.preallocated { disk.size } else { data_bytes(overlay.as_ref())? };
         needed = needed.saturating_add(bytes.saturating_sub(disk.copied));
     }
     let free = rustix::fs::statvfs(&request.folder)

@@ -19,7 +19,7 @@ pub(crate) fn describe(
 ) -> Result<Domain> {
     let mut domain = Domain::new(name, source.memory_bytes >> 10, source.vcpus);
     domain.genid.clone_from(&source.genid);
-    domain.osinfo = survey.facts.os.osinfo.as_deref().and_then(osinfo_url).map(Into::into);
+    domain.osinfo = survey.facts.os.osinfo.as_deref().and_then(osinfo_url);
     domain.topology = source.cpu_topology.map(|found| Topology {
         sockets: found.sockets,
         cores: found.cores_per_socket,
@@ -32,7 +32,7 @@ pub(crate) fn describe(
     // Linux keeps the hardware clock as /etc/adjtime says.
     domain.clock = match survey.facts.clock {
         tranship_inspect::Clock::Local => Clock::Localtime,
-        _ => Clock::Utc,
+        tranship_inspect::Clock::Utc => Clock::Utc,
     };
     for (index, path) in disks.iter().enumerate() {
         domain.disks.push(Disk {

@@ -16,14 +16,19 @@ pub(crate) fn from_block(what: String, error: tranship_block::Error, input: bool
     use tranship_block::ErrorKind as From;
     let kind = match error.kind() {
         From::Cancelled => ErrorKind::Interrupted,
-        From::Corrupt | From::Unsupported | From::Denied if input => ErrorKind::Input,
-        From::NotFound if input => ErrorKind::Input,
+        From::Corrupt | From::Unsupported | From::Denied | From::NotFound if input => {
+            ErrorKind::Input
+        }
         From::Usage => ErrorKind::Usage,
         _ => ErrorKind::Transient,
     };
     let full = error.kind() == From::NoSpace;
     let outer = Error::new(kind, what).because(error);
-    if full { outer.with_remedy("make room and run the same command again: it goes on") } else { outer }
+    if full {
+        outer.with_remedy("make room and run the same command again: it goes on")
+    } else {
+        outer
+    }
 }
 
 /// The same failure as one of a conversion.
@@ -51,19 +56,17 @@ pub(crate) fn open_source(source: &Source) -> Result<Vec<Arc<dyn BlockDevice>>> 
 }
 
 fn storage(path: &Path, fresh: bool) -> Result<Arc<RawFile>> {
-    let file = if fresh { RawFile::create(path, 0) } else { RawFile::open(path, Access::ReadWrite) };
+    let file =
+        if fresh { RawFile::create(path, 0) } else { RawFile::open(path, Access::ReadWrite) };
     file.map(Arc::new)
         .map_err(|error| from_block(format!("opening {}", path.display()), error, false))
 }
 
 /// An overlay in a file: writes go there, everything else is read from `base`, which is
 /// never written to.
-pub(crate) fn overlay(
-    path: &Path,
-    base: Arc<dyn BlockDevice>,
-    fresh: bool,
-) -> Result<Arc<Qcow2>> {
-    let failed = |error| from_block(format!("opening the overlay {}", path.display()), error, false);
+pub(crate) fn overlay(path: &Path, base: Arc<dyn BlockDevice>, fresh: bool) -> Result<Arc<Qcow2>> {
+    let failed =
+        |error| from_block(format!("opening the overlay {}", path.display()), error, false);
     let file = storage(path, fresh)?;
     if fresh {
         tranship_qcow2::create(&*file, &CreateOptions::new(base.size())).map_err(failed)?;
@@ -99,7 +102,8 @@ pub(crate) fn target(
             if fresh {
                 file.set_len(size).map_err(failed)?;
                 if preallocated {
-                    file.write_zeroes(Span::new(0, size), Zeroing::KeepAllocated).map_err(failed)?;
+                    file.write_zeroes(Span::new(0, size), Zeroing::KeepAllocated)
+                        .map_err(failed)?;
                 }
             }
             Ok(file)

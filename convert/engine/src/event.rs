@@ -74,6 +74,8 @@ impl Event {
     }
 
     /// The same with one more detail.
+    // Takes numbers and references alike, as `to_string` does.
+    #[allow(clippy::needless_pass_by_value)]
     #[must_use]
     pub fn with(mut self, key: &'static str, value: impl ToString) -> Self {
         self.details.push((key, value.to_string()));

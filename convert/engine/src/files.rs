@@ -3,8 +3,8 @@
 
 use tranship_appliance::Guest;
 use tranship_inspect::{
-    DirEntry, Error, ErrorKind, FileKind, Finished, GuestEdit, GuestTree, Ownership, Result,
-    Space, Stat,
+    DirEntry, Error, ErrorKind, FileKind, Finished, GuestEdit, GuestTree, Ownership, Result, Space,
+    Stat,
 };
 use tranship_protocol::{self as protocol, GuestPath, NewFile};
 
@@ -43,7 +43,7 @@ fn kind_of(kind: protocol::FileKind) -> FileKind {
 }
 
 impl GuestFiles<'_> {
-    fn attributes(&self, path: &GuestPath, follow: bool) -> Result<Option<Stat>> {
+    fn attributes(self, path: &GuestPath, follow: bool) -> Result<Option<Stat>> {
         let found = self.0.attributes(path, follow).map_err(|error| failed(path, error))?;
         Ok(found.map(|found| Stat {
             kind: kind_of(found.kind),

@@ -57,10 +57,9 @@ pub(crate) fn facts(source: &Source, survey: &Survey) -> MachineFacts {
 /// How the guest starts: as the source says, else as its partitions tell.
 pub(crate) fn firmware(source: &Source, survey: &Survey) -> Firmware {
     match source.firmware {
-        tranship_source::Firmware::Bios => Firmware::Bios,
         tranship_source::Firmware::Uefi => Firmware::Uefi,
         tranship_source::Firmware::Unknown if survey.has_efi_system => Firmware::Uefi,
-        tranship_source::Firmware::Unknown => Firmware::Bios,
+        tranship_source::Firmware::Bios | tranship_source::Firmware::Unknown => Firmware::Bios,
     }
 }
 

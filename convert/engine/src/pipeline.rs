@@ -140,7 +140,8 @@ fn launch(
     cancel: &CancelToken,
 ) -> Result<Guest> {
     let image = tranship_appliance_image::build(&request.image, &|event| {
-        reporter.report(&Event::info("appliance.build", format!("building the appliance: {event}")));
+        reporter
+            .report(&Event::info("appliance.build", format!("building the appliance: {event}")));
     })
     .map_err(|error| {
         let remedy = error.what_helps().map(str::to_owned);
@@ -164,7 +165,8 @@ fn launch(
         .launch(&boot)
         .map_err(|error| from_appliance("starting the appliance".to_owned(), error))?;
     if let Ok((backend, reason, times)) = guest.launch_report() {
-        let text = format!("the appliance is up after {:.1} s ({reason})", times.boot.as_secs_f64());
+        let text =
+            format!("the appliance is up after {:.1} s ({reason})", times.boot.as_secs_f64());
         reporter.report(&Event::info("appliance.started", text).with("backend", backend));
     }
     Ok(guest)
@@ -196,7 +198,7 @@ fn beside_verification<T>(
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
-        let verifier = scope.spawn(|| {
+        let checking = scope.spawn(|| {
             let progress = |done, total| {
                 let event = Event::step("source.verify", "verifying checksums").at(done, total);
                 reporter.report(&event);
@@ -211,7 +213,7 @@ fn beside_verification<T>(
         if worked.is_err() {
             stop.store(true, Ordering::SeqCst);
         }
-        let verified = verifier.join();
+        let verified = checking.join();
         over.store(true, Ordering::SeqCst);
         match verified {
             Ok(Ok(notes)) => {
@@ -289,10 +291,15 @@ fn target_names(name: &str, count: usize) -> Vec<String> {
 ///
 /// As [`convert`], but what stands in the way is part of the answer.
 pub fn dry_run(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -> Result<DryRun> {
+    work_out(request, reporter, cancel).map_err(|error| interrupted_if(cancel, error))
+}
+
+fn work_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -> Result<DryRun> {
     let mut steps = Steps::new(reporter);
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     warn_of_source(&source, reporter);
     let name = guest_name(request, &source)?;
+    reporter.report(&Event::info("run.guest", format!("the guest is {name}")).with("guest", &name));
     let bases = open_source(&source)?;
     let folder = tempfile::tempdir().map_err(|error| {
         Error::new(ErrorKind::Transient, "making a temporary folder").because(error)
@@ -300,14 +307,15 @@ pub fn dry_run(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken)
     let overlays = bases
         .iter()
         .enumerate()
-        .map(|(index, base)| overlay(&folder.path().join(overlay_name(index)), Arc::clone(base), true))
+        .map(|(index, base)| {
+            overlay(&folder.path().join(overlay_name(index)), Arc::clone(base), true)
+        })
         .collect::<Result<Vec<_>>>()?;
     let mut guest = steps.run("appliance.start", "starting the appliance", || {
         launch(request, &overlays, reporter, cancel)
     })?;
-    let (survey, planned) = steps.run("inspect", "inspecting the guest", || {
-        plan(&guest, &source, request, reporter)
-    })?;
+    let (survey, planned) = steps
+        .run("inspect", "inspecting the guest", || plan(&guest, &source, request, reporter))?;
     guest.shutdown().map_err(|error| from_appliance("ending the appliance".to_owned(), error))?;
     let (plan, blockers) = match planned {
         Ok(plan) => (Some(plan), Vec::new()),
@@ -342,9 +350,9 @@ fn warn_of_source(source: &Source, reporter: &dyn Reporter) {
 /// Everything that makes two runs the same: the request, and size and time of the inputs.
 fn fingerprint(request: &Request, source: &Source, name: &str) -> String {
     let mut text = format!(
-        "{:?}\n{:?}\n{:?} {}\n{:?}\n{:?}\n{}\n{:?}\n{name}\n",
+        "{:?}\n{}\n{:?} {}\n{:?}\n{:?}\n{}\n{:?}\n{name}\n",
         request.input,
-        request.folder,
+        request.folder.display(),
         request.format,
         request.preallocated,
         request.root,
@@ -377,9 +385,22 @@ fn fingerprint(request: &Request, source: &Source, name: &str) -> String {
 ///
 /// [`ErrorKind`] says what an orchestrator should do about it.
 pub fn convert(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -> Result<Report> {
+    carry_out(request, reporter, cancel).map_err(|error| interrupted_if(cancel, error))
+}
+
+/// Whatever fails after a cancellation fails because of it.
+fn interrupted_if(cancel: &CancelToken, error: Error) -> Error {
+    if cancel.is_cancelled() && error.kind() != ErrorKind::Interrupted {
+        return Error::new(ErrorKind::Interrupted, "interrupted").because(error);
+    }
+    error
+}
+
+fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -> Result<Report> {
     let mut steps = Steps::new(reporter);
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     let name = guest_name(request, &source)?;
+    reporter.report(&Event::info("run.guest", format!("the guest is {name}")).with("guest", &name));
     let fingerprint = fingerprint(request, &source, &name);
     let names = target_names(&name, source.disks.len());
     let xml = request.folder.join(format!("{name}.xml"));
@@ -416,7 +437,8 @@ pub fn convert(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken)
     let bases = open_source(&source)?;
     let (mut journal, overlays) = if let Some(journal) = resumable {
         report.resumed = true;
-        reporter.report(&Event::info("run.resumed", "going on where an earlier run was interrupted"));
+        reporter
+            .report(&Event::info("run.resumed", "going on where an earlier run was interrupted"));
         let overlays = overlays(&work, &bases, false)?;
         (journal, overlays)
     } else {
@@ -429,9 +451,9 @@ pub fn convert(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken)
         })?;
         report.plan = Some(plan);
         for overlay in &overlays {
-            overlay.flush().map_err(|error| {
-                from_block("writing the overlay out".to_owned(), error, false)
-            })?;
+            overlay
+                .flush()
+                .map_err(|error| from_block("writing the overlay out".to_owned(), error, false))?;
         }
         journal.phase = Phase::Copying;
         journal.xml = text;
@@ -480,7 +502,12 @@ pub fn convert(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken)
 }
 
 /// Files under the final names that this program did not make are not replaced unasked.
-fn check_results_are_ours(work: &Work, request: &Request, xml: &Path, disks: &[PathBuf]) -> Result<()> {
+fn check_results_are_ours(
+    work: &Work,
+    request: &Request,
+    xml: &Path,
+    disks: &[PathBuf],
+) -> Result<()> {
     if request.force {
         return Ok(());
     }
@@ -522,9 +549,8 @@ fn change_guest(
         launch(request, overlays, reporter, cancel)
     })?;
     let outcome = (|| {
-        let (survey, planned) = steps.run("inspect", "inspecting the guest", || {
-            plan(&guest, source, request, reporter)
-        })?;
+        let (survey, planned) = steps
+            .run("inspect", "inspecting the guest", || plan(&guest, source, request, reporter))?;
         let text = format!("converting {}", describe_system(&survey));
         let plan = planned.map_err(Error::blocked)?;
         for warning in &plan.warnings {

@@ -119,6 +119,8 @@ pub enum InitramfsMode {
 }
 
 /// A conversion to a folder of this machine (`-o local`).
+// The booleans are independent switches of the command line.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Where the guest is.

@@ -102,7 +102,8 @@ pub fn survey(
             }
             continue;
         };
-        if !resolved.mount.mountpoint.starts_with('/') || mounted.iter().any(|(_, at)| *at == point) {
+        if !resolved.mount.mountpoint.starts_with('/') || mounted.iter().any(|(_, at)| *at == point)
+        {
             continue;
         }
         check(guest, &volumes, &device, &mut damage)?;
@@ -119,7 +120,9 @@ pub fn survey(
     let has_type = |wanted: &str| {
         volumes.iter().any(|volume| {
             volume.tag("PART_ENTRY_SCHEME") == Some("gpt")
-                && volume.tag("PART_ENTRY_TYPE").is_some_and(|found| found.eq_ignore_ascii_case(wanted))
+                && volume
+                    .tag("PART_ENTRY_TYPE")
+                    .is_some_and(|found| found.eq_ignore_ascii_case(wanted))
         })
     };
     let has_efi_system = has_type(EFI_SYSTEM) && !has_type(BIOS_BOOT);
@@ -229,8 +232,11 @@ fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<S
         (RootChoice::Device(wanted), roots) => {
             roots.iter().find(|root| *root == wanted).cloned().ok_or_else(|| {
                 let found = roots.join(", ");
-                Error::new(ErrorKind::Usage, format!("--root {wanted}: no operating system is there"))
-                    .with_remedy(format!("operating systems were found on {found}"))
+                Error::new(
+                    ErrorKind::Usage,
+                    format!("--root {wanted}: no operating system is there"),
+                )
+                .with_remedy(format!("operating systems were found on {found}"))
             })
         }
         (RootChoice::First, [first, ..]) | (RootChoice::Single, [first]) => Ok(first.clone()),
@@ -289,8 +295,10 @@ fn filesystems(volumes: &[Volume]) -> Vec<Filesystem> {
         .filter(|volume| volume.tag("TYPE").is_some())
         .map(|volume| {
             let on_disk = matches!(volume.kind, VolumeKind::Disk | VolumeKind::Partition);
-            let (disk, partition) =
-                on_disk.then(|| place(&volume.device)).flatten().map_or((None, None), |(d, p)| (Some(d), p));
+            let (disk, partition) = on_disk
+                .then(|| place(&volume.device))
+                .flatten()
+                .map_or((None, None), |(d, p)| (Some(d), p));
             let logical = (volume.kind == VolumeKind::LogicalVolume)
                 .then(|| volume.device.strip_prefix("/dev/")?.split_once('/'))
                 .flatten();

@@ -111,7 +111,11 @@ impl Work {
                 let _ = Read::by_ref(&mut lock).take(64).read_to_string(&mut holder);
                 return Err(Error::new(
                     ErrorKind::Transient,
-                    format!("{}: process {} converts this guest right now", path.display(), holder.trim()),
+                    format!(
+                        "{}: process {} converts this guest right now",
+                        path.display(),
+                        holder.trim()
+                    ),
                 )
                 .with_remedy("wait for it, or give the guest another name with -on"));
             }
@@ -142,8 +146,9 @@ impl Work {
 
     /// Replaces the journal, durably and as a whole.
     pub(crate) fn store(&self, journal: &Journal) -> Result<()> {
-        let text = serde_json::to_vec_pretty(journal)
-            .map_err(|error| Error::new(ErrorKind::Transient, "writing the journal").because(error))?;
+        let text = serde_json::to_vec_pretty(journal).map_err(|error| {
+            Error::new(ErrorKind::Transient, "writing the journal").because(error)
+        })?;
         write_atomically(&self.file("journal.json"), &text)
     }
 
@@ -223,7 +228,8 @@ mod tests {
         let work = Work::open(folder.path(), "guest").unwrap();
         work.store(&Journal::new("print".into())).unwrap();
         let text = fs::read_to_string(work.file("journal.json")).unwrap();
-        fs::write(work.file("journal.json"), text.replace("\"version\": 1", "\"version\": 9")).unwrap();
+        fs::write(work.file("journal.json"), text.replace("\"version\": 1", "\"version\": 9"))
+            .unwrap();
         assert!(work.journal().is_none());
         fs::write(work.file("journal.json"), "{ cut").unwrap();
         assert!(work.journal().is_none());
