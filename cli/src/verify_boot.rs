@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::personality::Personality;
 use crate::report::{Reports, Wishes};
 use crate::{engine, logging, signals, stdout};
+use std::path::{Path, PathBuf};
 use tranship_appliance::CancelToken;
 use tranship_convert::{ErrorKind, Reporter};
 
@@ -31,8 +32,12 @@ fn work(options: &VerifyBootArgs, reports: &dyn Reporter) -> Result<(), Failure>
         xml: options.xml.clone(),
         limit: options.within,
         expect: options.expect.clone(),
-        console_log: options.console_log.clone(),
-        screenshot: options.screenshot.clone(),
+        console_log: Some(given_or_beside(
+            options.console_log.as_ref(),
+            &options.xml,
+            "console.log",
+        )),
+        screenshot: Some(given_or_beside(options.screenshot.as_ref(), &options.xml, "screen.png")),
         backend: options.backend.unwrap_or_default(),
         memory_mib: options.memsize,
     };
@@ -48,5 +53,15 @@ fn work(options: &VerifyBootArgs, reports: &dyn Reporter) -> Result<(), Failure>
         return Ok(());
     }
     Err(Failure::new(ErrorKind::Conversion, format!("the guest did not come up: {}", report.sign))
-        .hint("see its console with --console-log FILE, or give it more time with --within"))
+        .hint("look at the console log and the screenshot, or give it more time with --within"))
+}
+
+/// The file that the user named, or `NAME-SUFFIX` beside `NAME.xml`.
+fn given_or_beside(given: Option<&PathBuf>, xml: &Path, suffix: &str) -> PathBuf {
+    given.cloned().unwrap_or_else(|| {
+        let mut name = xml.file_stem().unwrap_or_default().to_os_string();
+        name.push("-");
+        name.push(suffix);
+        xml.with_file_name(name)
+    })
 }

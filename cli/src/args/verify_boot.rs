@@ -18,10 +18,10 @@ pub(crate) struct VerifyBootArgs {
     /// Wait for this text on the serial console
     #[arg(long, value_name = "TEXT")]
     pub(crate) expect: Option<String>,
-    /// Write what the serial console prints to this file
+    /// Where what the serial console prints is saved [default: NAME-console.log beside the XML]
     #[arg(long, value_name = "FILE")]
     pub(crate) console_log: Option<PathBuf>,
-    /// Write a picture of the guest's last screen to this file
+    /// Where a picture of the guest's last screen is saved [default: NAME-screen.png beside the XML]
     #[arg(long, value_name = "FILE")]
     pub(crate) screenshot: Option<PathBuf>,
     /// What runs the guest: auto, kvm or tcg (emulation)

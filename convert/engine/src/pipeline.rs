@@ -299,7 +299,7 @@ fn work_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) ->
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     warn_of_source(&source, reporter);
     let name = guest_name(request, &source)?;
-    reporter.report(&Event::info("run.guest", format!("the guest is {name}")).with("guest", &name));
+    reporter.report(&Event::info("run.guest", format!("guest {name}")).with("guest", &name));
     let bases = open_source(&source)?;
     let folder = tempfile::tempdir().map_err(|error| {
         Error::new(ErrorKind::Transient, "making a temporary folder").because(error)
@@ -400,7 +400,7 @@ fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -
     let mut steps = Steps::new(reporter);
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     let name = guest_name(request, &source)?;
-    reporter.report(&Event::info("run.guest", format!("the guest is {name}")).with("guest", &name));
+    reporter.report(&Event::info("run.guest", format!("guest {name}")).with("guest", &name));
     let fingerprint = fingerprint(request, &source, &name);
     let names = target_names(&name, source.disks.len());
     let xml = request.folder.join(format!("{name}.xml"));
