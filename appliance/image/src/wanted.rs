@@ -2,25 +2,21 @@
 //! What goes into the appliance: kernel modules, programs and the packages that bring them.
 
 /// Counts up whenever the layout of the appliance changes, so that old caches are not used.
-pub(crate) const BUILDER_VERSION: u32 = 3;
+pub(crate) const BUILDER_VERSION: u32 = 4;
 
 /// Modules that the initramfs needs to reach the tools image and the host. Loaded by the agent in
 /// dependency order before anything else.
 ///
 /// The flag says whether the appliance cannot start without: then it must be a module or built in.
-pub(crate) const TRANSPORT: [(&str, bool); 11] = [
+pub(crate) const TRANSPORT: [(&str, bool); 8] = [
     ("virtio", true),
     ("virtio_ring", true),
     ("virtio_pci_legacy_dev", false),
     ("virtio_pci_modern_dev", false),
     ("virtio_pci", true),
-    // Not set in any RHEL kernel; only QEMU's microvm without PCI would need it.
-    ("virtio_mmio", false),
     ("virtio_blk", true),
     ("virtio_console", true),
-    ("virtio_rng", false),
     ("squashfs", true),
-    ("overlay", true),
 ];
 
 /// Modules that go into the tools image and are loaded when a disk asks for them. None is

@@ -13,8 +13,8 @@ use tranship_appliance_image::{
 };
 
 const RELEASE: &str = "9.9.9-test";
-const TRANSPORT: [&str; 7] =
-    ["virtio", "virtio_ring", "virtio_pci", "virtio_blk", "virtio_console", "squashfs", "overlay"];
+const TRANSPORT: [&str; 6] =
+    ["virtio", "virtio_ring", "virtio_pci", "virtio_blk", "virtio_console", "squashfs"];
 
 struct Place {
     dir: tempfile::TempDir,
