@@ -18,6 +18,7 @@ mod pipeline;
 mod request;
 mod survey;
 mod verify;
+mod witness;
 mod work;
 
 pub use error::{Error, ErrorKind, Result};

@@ -5,6 +5,7 @@ use crate::copying::copy_disks;
 use crate::disks::{from_block, from_source, open_source, overlay, overlay_name};
 use crate::files::GuestFiles;
 use crate::survey::{Survey, from_appliance, from_inspection, survey};
+use crate::witness::{self, Witness};
 use crate::work::{Journal, Phase, TargetDisk, Work, sync_folder, write_atomically};
 use crate::{
     Error, ErrorKind, Event, InitramfsMode, Input, Reporter, Request, Result, definition, machine,
@@ -21,7 +22,7 @@ use tranship_block::BlockDevice;
 use tranship_linux::{Blocker, InitramfsMethod, Options, Plan, apply};
 use tranship_protocol::disk_name;
 use tranship_qcow2::Qcow2;
-use tranship_source::{Location, Source};
+use tranship_source::{Location, Source, SourceKind};
 
 /// What a conversion did.
 #[derive(Clone, Debug, Serialize)]
@@ -132,13 +133,13 @@ fn check_cancelled(cancel: &CancelToken) -> Result<()> {
     Ok(())
 }
 
-/// Boots the appliance on `disks`.
+/// Boots the appliance on `disks`; [`witness::judge`] has to see the outcome of the work.
 fn launch(
     request: &Request,
     disks: &[Arc<Qcow2>],
     reporter: &dyn Reporter,
     cancel: &CancelToken,
-) -> Result<Guest> {
+) -> Result<(Guest, Vec<Arc<Witness>>)> {
     let image = tranship_appliance_image::build(&request.image, &|event| {
         reporter
             .report(&Event::info("appliance.build", format!("building the appliance: {event}")));
@@ -152,8 +153,10 @@ fn launch(
         }
     })?;
     let mut guest = Guest::new(request.appliance.clone()).with_cancel(cancel.clone());
+    let mut witnesses = Vec::new();
     for disk in disks {
-        let device: Arc<dyn BlockDevice> = Arc::clone(disk) as _;
+        let device = Arc::new(Witness::new(Arc::clone(disk) as _));
+        witnesses.push(Arc::clone(&device));
         // If the machine dies the overlay is thrown away, so its flushes need not wait for
         // the host's disk.
         guest
@@ -169,7 +172,7 @@ fn launch(
             format!("the appliance is up after {:.1} s ({reason})", times.boot.as_secs_f64());
         reporter.report(&Event::info("appliance.started", text).with("backend", backend));
     }
-    Ok(guest)
+    Ok((guest, witnesses))
 }
 
 /// Compares the manifest's checksums while `work` goes on; a mismatch stops both.
@@ -180,7 +183,9 @@ fn beside_verification<T>(
     cancel: &CancelToken,
     work: impl FnOnce(&CancelToken) -> Result<T>,
 ) -> Result<T> {
-    if !request.verify_manifest {
+    // Only OVF packages come with checksums.
+    let has_checksums = matches!(source.kind, SourceKind::Ova | SourceKind::Ovf);
+    if !request.verify_manifest || !has_checksums {
         return work(cancel);
     }
     // Stops the work if the checksums do not match, without pretending that the user did.
@@ -311,11 +316,12 @@ fn work_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) ->
             overlay(&folder.path().join(overlay_name(index)), Arc::clone(base), true)
         })
         .collect::<Result<Vec<_>>>()?;
-    let mut guest = steps.run("appliance.start", "starting the appliance", || {
+    let (mut guest, witnesses) = steps.run("appliance.start", "starting the appliance", || {
         launch(request, &overlays, reporter, cancel)
     })?;
-    let (survey, planned) = steps
-        .run("inspect", "inspecting the guest", || plan(&guest, &source, request, reporter))?;
+    let outcome =
+        steps.run("inspect", "inspecting the guest", || plan(&guest, &source, request, reporter));
+    let (survey, planned) = witness::judge(outcome, &witnesses)?;
     guest.shutdown().map_err(|error| from_appliance("ending the appliance".to_owned(), error))?;
     let (plan, blockers) = match planned {
         Ok(plan) => (Some(plan), Vec::new()),
@@ -545,7 +551,7 @@ fn change_guest(
     cancel: &CancelToken,
 ) -> Result<(Plan, String)> {
     let reporter = steps.reporter;
-    let mut guest = steps.run("appliance.start", "starting the appliance", || {
+    let (mut guest, witnesses) = steps.run("appliance.start", "starting the appliance", || {
         launch(request, overlays, reporter, cancel)
     })?;
     let outcome = (|| {
@@ -580,9 +586,8 @@ fn change_guest(
     let closed = steps.run("appliance.end", "writing the changes out", || {
         guest.shutdown().map_err(|error| from_appliance("ending the appliance".to_owned(), error))
     });
-    let done = outcome?;
-    closed?;
-    Ok(done)
+    let outcome = outcome.and_then(|done| closed.map(|()| done));
+    witness::judge(outcome, &witnesses)
 }
 
 /// Discards what mounted filesystems do not use; one that cannot is only mentioned.
