@@ -6,8 +6,8 @@
 //! was is kept here, so that a full folder can be told from a damaged source, and neither
 //! passes for a conversion.
 
-use crate::disks::from_block;
 use crate::Result;
+use crate::disks::from_block;
 use std::io::{IoSlice, IoSliceMut};
 use std::sync::{Arc, Mutex, PoisonError};
 use tranship_block::{BlockDevice, Extent, Span, Zeroing};
