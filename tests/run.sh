@@ -11,9 +11,22 @@ TRANSHIP_TEST_NOOS=$(fixtures/noos.sh)
 TRANSHIP_BIN=${TRANSHIP_BIN:-${CARGO_TARGET_DIR:-$PWD/target}/release/tranship}
 export TRANSHIP_TEST_FIXTURES TRANSHIP_TEST_NOOS TRANSHIP_BIN
 
+status=0
 if cargo nextest --version >/dev/null 2>&1; then
-    cargo nextest run --workspace --no-fail-fast "$@"
+    cargo nextest run --workspace --no-fail-fast "$@" || status=$?
     # The examples in the documentation are the one thing that nextest does not run.
-    exec cargo test --workspace --doc --quiet
+    cargo test --workspace --doc --quiet || status=$?
+else
+    cargo test --workspace --no-fail-fast "$@" || status=$?
 fi
-exec cargo test --workspace --no-fail-fast "$@"
+
+# The probe has to find a real KVM usable; one is to be had on every machine inside QEMU.
+printf '\nThe KVM probe in a nested machine:\n'
+nested=0
+tests/nested/probe.sh || nested=$?
+case $nested in
+0) ;;
+77) printf 'skipped: something that the nested machine needs is missing\n' ;;
+*) status=$nested ;;
+esac
+exit "$status"
