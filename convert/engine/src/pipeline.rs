@@ -154,8 +154,8 @@ fn launch(
     })?;
     let mut guest = Guest::new(request.appliance.clone()).with_cancel(cancel.clone());
     let mut witnesses = Vec::new();
-    for disk in disks {
-        let device = Arc::new(Witness::new(Arc::clone(disk) as _));
+    for (index, disk) in disks.iter().enumerate() {
+        let device = Arc::new(Witness::new(Arc::clone(disk) as _, disk_name(index)));
         witnesses.push(Arc::clone(&device));
         // If the machine dies the overlay is thrown away, so its flushes need not wait for
         // the host's disk.
@@ -253,8 +253,12 @@ fn plan(
         },
         ..Options::default()
     };
-    let planned = tranship_linux::plan(&survey.facts, &GuestFiles(guest), &machine, &options)
-        .map_err(|error| from_inspection("planning the conversion", error))?;
+    let planned = match tranship_linux::plan(&survey.facts, &GuestFiles(guest), &machine, &options)
+    {
+        // As in the survey: what is damaged may not be readable.
+        Err(_) if !survey.damage.is_empty() => return Err(Error::blocked(survey.damage)),
+        planned => planned.map_err(|error| from_inspection("planning the conversion", error))?,
+    };
     let planned = match planned {
         Ok(plan) if survey.damage.is_empty() => Ok(plan),
         Ok(_) => Err(survey.damage.clone()),

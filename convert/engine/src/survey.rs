@@ -86,7 +86,12 @@ pub fn survey(
     check(guest, &volumes, &root, &mut damage)?;
     mount(guest, &volumes, &root, &GuestPath::of("/"))?;
     let files = GuestFiles(guest);
-    let facts = inspect_root(&files)
+    let inspected = match inspect_root(&files) {
+        // What is damaged may not be readable: then the damage is what has to be remedied.
+        Err(_) if !damage.is_empty() => return Err(Error::blocked(damage)),
+        inspected => inspected,
+    };
+    let facts = inspected
         .map_err(|error| from_inspection("inspecting the operating system", error))?
         .ok_or_else(|| Error::new(ErrorKind::Conversion, format!("{root}: not a root any more")))?;
     let mut mounted = vec![(root.clone(), GuestPath::of("/"))];

@@ -18,13 +18,15 @@ type Outcome<T> = tranship_block::Result<T>;
 #[derive(Debug)]
 pub(crate) struct Witness {
     device: Arc<dyn BlockDevice>,
+    /// What the appliance calls it: `sda`.
+    name: String,
     read: Mutex<Option<tranship_block::Error>>,
     written: Mutex<Option<tranship_block::Error>>,
 }
 
 impl Witness {
-    pub(crate) fn new(device: Arc<dyn BlockDevice>) -> Self {
-        Self { device, read: Mutex::default(), written: Mutex::default() }
+    pub(crate) fn new(device: Arc<dyn BlockDevice>, name: String) -> Self {
+        Self { device, name, read: Mutex::default(), written: Mutex::default() }
     }
 }
 
@@ -44,14 +46,18 @@ fn take(kept: &Mutex<Option<tranship_block::Error>>) -> Option<tranship_block::E
 /// The outcome of work on these disks, in view of what happened to them: a failed write
 /// spoils the work in any case, a failed read explains its failure.
 pub(crate) fn judge<T>(outcome: Result<T>, disks: &[Arc<Witness>]) -> Result<T> {
+    let first = |kept: fn(&Witness) -> &Mutex<Option<tranship_block::Error>>| {
+        disks.iter().find_map(|disk| Some((&disk.name, take(kept(disk))?)))
+    };
     // A write reads what it changes in part only, so that its failure may be the source's.
-    let explain = |what: &str, error| from_block(what.to_owned(), error, true);
-    if let Some(error) = disks.iter().find_map(|disk| take(&disk.written)) {
-        return Err(explain("keeping the guest's changes", error));
+    if let Some((name, error)) = first(|disk| &disk.written) {
+        return Err(from_block(format!("keeping the changes of disk {name}"), error, true));
     }
-    outcome.map_err(|failure| {
-        let read = disks.iter().find_map(|disk| take(&disk.read));
-        read.map_or(failure, |error| explain("reading the source's disks", error))
+    outcome.map_err(|failure| match first(|disk| &disk.read) {
+        Some((name, error)) => {
+            from_block(format!("reading disk {name} of the source"), error, true)
+        }
+        None => failure,
     })
 }
 
@@ -141,7 +147,7 @@ mod tests {
     }
 
     fn witness(kind: BlockKind) -> Arc<Witness> {
-        Arc::new(Witness::new(Arc::new(Broken(kind))))
+        Arc::new(Witness::new(Arc::new(Broken(kind)), "sda".to_owned()))
     }
 
     fn failed() -> Result<()> {
@@ -167,6 +173,7 @@ mod tests {
         judge(Ok(()), &[Arc::clone(&disk)]).unwrap();
         let error = judge(failed(), &[disk]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Input);
+        assert_eq!(error.to_string(), "reading disk sda of the source");
     }
 
     #[test]
