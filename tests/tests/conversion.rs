@@ -54,7 +54,8 @@ fn an_ova_becomes_a_guest_that_boots() {
 
     let changed = || fs::metadata(&disk).unwrap().modified().unwrap();
     let first = changed();
-    let again = place.run(&words, SHORT).ended_with(0).saying("an earlier run has done all of this");
+    let again =
+        place.run(&words, SHORT).ended_with(0).saying("an earlier run has done all of this");
     assert!(again.elapsed < Duration::from_secs(1), "{:?}", again.elapsed);
     assert_eq!(changed(), first);
 
