@@ -258,7 +258,7 @@ fn what_runs_the_appliance_is_told_in_json() {
     let first = build(place.run(&words, APPLIANCE).ended_with(0));
     let second = build(place.run(&words, SHORT).ended_with(0));
     assert_eq!(first["key"], second["key"]);
-    assert!(second["elapsed_ms"].as_f64().unwrap() < 100.0, "{second}");
+    assert!(second["elapsed_ms"].as_f64().unwrap() < 1000.0, "{second}");
     for file in second["files"].as_array().unwrap() {
         let path = Path::new(file["path"].as_str().unwrap());
         assert_eq!(fs::metadata(path).unwrap().len(), file["size"], "{file}");
