@@ -31,7 +31,8 @@ pub(crate) struct ShellArgs {
     /// Find the operating system and mount all of it
     #[arg(short, long)]
     pub(crate) inspector: bool,
-    /// Mount a device: DEV[:MOUNTPOINT[:OPTIONS[:TYPE]]]. Can be repeated
+    // The brackets would be a link in a doc comment.
+    #[arg(help = "Mount a device: DEV[:MOUNTPOINT[:OPTIONS[:TYPE]]]. Can be repeated")]
     #[arg(short, long, value_name = "MOUNT")]
     pub(crate) mount: Vec<MountArgument>,
     /// Key of an encrypted volume for -i: ID:key:SECRET or ID:file:FILE. Can be repeated
