@@ -9,7 +9,6 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use support::{APPLIANCE, Place, Running, guest, has_event, host, installed, journal, names};
@@ -148,21 +147,10 @@ fn killed_copy(format: &str) {
     let (resumed, undisturbed) = (resumed.to_str().unwrap(), undisturbed.to_str().unwrap());
     host("qemu-img", &["compare", "-f", format, "-F", format, resumed, undisturbed]);
     if format == "qcow2" {
-        no_harm(resumed);
+        // Nothing that the kill cut off from its references is left.
+        let said = host("qemu-img", &["check", "-f", format, resumed]);
+        assert!(said.contains("No errors were found"), "{said}");
     }
-}
-
-/// Clusters that the kill cut off from their references may leak, and nothing else.
-fn no_harm(disk: &str) {
-    const LEAKS_ONLY: i32 = 3;
-    let words = ["check", "--output=json", "-f", "qcow2", disk];
-    let check = Command::new("qemu-img").args(words).output().unwrap();
-    let found: Value = serde_json::from_slice(&check.stdout).unwrap();
-    assert!(matches!(check.status.code(), Some(0 | LEAKS_ONLY)), "{found}");
-    assert_eq!(found.get("corruptions"), None, "{found}");
-    let leaked = found.get("leaks").and_then(Value::as_u64).unwrap_or_default();
-    // A chunk of every thread that copied: 2 MiB each, in clusters of 64 KiB.
-    assert!(leaked <= 8 * 32, "{found}");
 }
 
 #[test]

@@ -111,6 +111,10 @@ pub(crate) fn target(
         TargetFormat::Qcow2 => {
             if fresh {
                 tranship_qcow2::create(&*file, &CreateOptions::new(size)).map_err(failed)?;
+            } else {
+                // What the interrupted run had allocated and not yet put to use.
+                let leaks = tranship_qcow2::repair_leaks(&*file).map_err(failed)?;
+                tracing::debug!(leaks, "went on with {}", path.display());
             }
             let options = OpenOptions { read_only: false, backing: None };
             Ok(Arc::new(Qcow2::open(file, options).map_err(failed)?))

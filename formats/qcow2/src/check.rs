@@ -52,6 +52,11 @@ impl Report {
 /// What keeps the image from being opened, and I/O errors.
 pub fn check(file: &dyn BlockDevice) -> Result<Report> {
     let header = Header::read(file)?;
+    examine(file, &header).map(|(report, _)| report)
+}
+
+/// The report, and the clusters that are counted but referenced by nothing, in order.
+pub(crate) fn examine(file: &dyn BlockDevice, header: &Header) -> Result<(Report, Vec<u64>)> {
     header.check_supported()?;
     let geometry = header.geometry();
     let mut walk = Walk {
@@ -59,10 +64,11 @@ pub fn check(file: &dyn BlockDevice) -> Result<Report> {
         geometry,
         counts: HashMap::new(),
         report: Report { total_clusters: geometry.clusters_for(header.size), ..Report::default() },
+        unreferenced: Vec::new(),
     };
-    walk.tables(&header)?;
-    walk.compare(&header)?;
-    Ok(walk.report)
+    walk.tables(header)?;
+    walk.compare(header)?;
+    Ok((walk.report, walk.unreferenced))
 }
 
 impl Qcow2 {
@@ -83,6 +89,8 @@ struct Walk<'a> {
     /// References per cluster, in pages: the file may be huge and hollow.
     counts: HashMap<u64, Vec<u64>>,
     report: Report,
+    /// Clusters that nothing references although they are counted.
+    unreferenced: Vec<u64>,
 }
 
 impl Walk<'_> {
@@ -252,6 +260,9 @@ impl Walk<'_> {
         }
         if count > references {
             self.report.leaks = self.report.leaks.saturating_add(1);
+            if references == 0 {
+                self.unreferenced.push(cluster);
+            }
         } else if count < references {
             self.report.corruption(|| {
                 format!("cluster {cluster} has {references} references, but a count of {count}")

@@ -269,7 +269,7 @@ pub(crate) fn count_at(block: &[u8], index: u64, order: u32) -> u64 {
     bytes.iter().fold(0, |count, byte| count.wrapping_shl(8) | u64::from(*byte))
 }
 
-fn set_count(block: &mut [u8], index: u64, order: u32, count: u64) {
+pub(crate) fn set_count(block: &mut [u8], index: u64, order: u32, count: u64) {
     let Ok(index) = usize::try_from(index) else { return };
     let raw = count.to_be_bytes();
     if order < 3 {
