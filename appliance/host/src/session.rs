@@ -8,15 +8,18 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tranship_protocol::{
-    Body, CHUNK, Call, Cancelled, Credit, Failure, Frame, FrameKind, Hello, Progress, Reply,
-    VERSION, WINDOW,
+    Body, CHUNK, Call, Cancelled, Credit, Failure, Frame, FrameError, FrameKind, Hello, Progress,
+    Reply, VERSION, WINDOW,
 };
 
 /// How often a waiting call looks for cancellation.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Time for one stream to be read to its end after the other one has ended.
+const DRAIN: Duration = Duration::from_secs(2);
 
 /// Time that a cancelled call gets to end in order.
 const CANCEL_GRACE: Duration = Duration::from_secs(5);
@@ -81,9 +84,26 @@ struct Shared {
     pending: Mutex<HashMap<u64, Pending>>,
     /// Set once nothing can be answered any more, with the reason.
     over: Mutex<Option<String>>,
+    /// Number of the two streams that have ended, and a signal that it has grown.
+    ended: (Mutex<usize>, Condvar),
 }
 
 impl Shared {
+    /// One stream has ended in order. The other one may still hold the answer to the last
+    /// call, so it gets the time to be read to its end.
+    fn stream_ended(&self) {
+        let (ended, grown) = &self.ended;
+        let mut count = lock(ended);
+        *count += 1;
+        grown.notify_all();
+        let limit = Instant::now() + DRAIN;
+        while *count < 2
+            && let Some(left) = limit.checked_duration_since(Instant::now())
+        {
+            count = grown.wait_timeout(count, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     fn end(&self, reason: &str) {
         lock(&self.over).get_or_insert_with(|| reason.to_owned());
         for (_, pending) in lock(&self.pending).drain() {
@@ -396,8 +416,17 @@ fn follow(mut stream: UnixStream, shared: &Shared, bulk: bool) {
                     break reason;
                 }
             }
-            Ok(None) => break "the appliance closed the connection unexpectedly".to_owned(),
-            Err(error) => break format!("the connection to the appliance: {error}"),
+            Ok(None) => {
+                shared.stream_ended();
+                break "the appliance closed the connection unexpectedly".to_owned();
+            }
+            Err(error) => {
+                // A peer that closes with something unread resets instead of ending.
+                if matches!(error, FrameError::Io(_)) {
+                    shared.stream_ended();
+                }
+                break format!("the connection to the appliance: {error}");
+            }
         }
     };
     shared.end(&reason);
@@ -570,6 +599,19 @@ mod tests {
         assert_eq!(error.to_string(), "read_link: /f: No such file or directory");
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Call, 2));
         thread.join().unwrap();
+    }
+
+    #[test]
+    fn the_last_answer_counts_although_the_agent_hangs_up_behind_it() {
+        for _ in 0..200 {
+            let (session, thread) = session(|mut control, bulk| {
+                drop(bulk);
+                let id = next(&mut control).id;
+                Frame::encode(id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+            });
+            assert_eq!(session.call(&Call::Shutdown).unwrap(), Reply::Done);
+            thread.join().unwrap();
+        }
     }
 
     #[test]
