@@ -17,6 +17,9 @@ use tranship_protocol::{
     WINDOW,
 };
 
+/// Largest key of an encrypted volume, in bytes; cryptsetup has the same limit.
+const MOST_KEY: usize = 8 << 20;
+
 /// Time that a program gets to end after it has closed its output.
 const EXIT_GRACE: Duration = Duration::from_secs(30);
 
@@ -176,7 +179,7 @@ impl Worker {
             Call::Disks => volumes::disks().map(Reply::Volumes),
             Call::Volumes => volumes::volumes().map(Reply::Volumes),
             Call::OpenEncrypted { device, name } => {
-                let key = self.uploaded(64 << 10)?;
+                let key = self.uploaded(MOST_KEY)?;
                 volumes::open_encrypted(&device, &name, &key).map(|()| Reply::Done)
             }
             Call::Mount { device, mountpoint, options, fstype } => {

@@ -8,7 +8,8 @@ use crate::survey::{Survey, from_appliance, from_inspection, survey};
 use crate::witness::{self, Witness};
 use crate::work::{Journal, Phase, TargetDisk, Work, sync_folder, write_atomically};
 use crate::{
-    Error, ErrorKind, Event, InitramfsMode, Input, Reporter, Request, Result, definition, machine,
+    Error, ErrorKind, Event, InitramfsMode, Input, Reporter, Request, Result, TargetFormat,
+    definition, machine,
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -259,15 +260,28 @@ fn plan(
         Err(_) if !survey.damage.is_empty() => return Err(Error::blocked(survey.damage)),
         planned => planned.map_err(|error| from_inspection("planning the conversion", error))?,
     };
+    let mut further = survey.damage.clone();
+    further.extend(foreign_architecture(&survey));
     let planned = match planned {
-        Ok(plan) if survey.damage.is_empty() => Ok(plan),
-        Ok(_) => Err(survey.damage.clone()),
+        Ok(plan) if further.is_empty() => Ok(plan),
+        Ok(_) => Err(further),
         Err(mut blockers) => {
-            blockers.extend(survey.damage.iter().cloned());
+            blockers.extend(further);
             Err(blockers)
         }
     };
     Ok((survey, planned))
+}
+
+/// The definition and the boot test are for x86 machines only.
+fn foreign_architecture(survey: &Survey) -> Option<Blocker> {
+    let arch = survey.facts.os.arch.as_deref()?;
+    let known = ["x86_64", "i386", "i486", "i586", "i686"].contains(&arch);
+    (!known).then(|| Blocker {
+        code: "foreign-architecture",
+        what: format!("the guest's programs are for {arch}"),
+        remedy: "only guests for x86 can be converted so far".to_owned(),
+    })
 }
 
 fn describe_system(survey: &Survey) -> String {
@@ -407,6 +421,7 @@ fn interrupted_if(cancel: &CancelToken, error: Error) -> Error {
 }
 
 fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -> Result<Report> {
+    check_allocation(request)?;
     let mut steps = Steps::new(reporter);
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     let name = guest_name(request, &source)?;
@@ -509,6 +524,17 @@ fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -
             .with("xml", xml.display()),
     );
     Ok(report)
+}
+
+fn check_allocation(request: &Request) -> Result<()> {
+    if request.preallocated && request.format != TargetFormat::Raw {
+        return Err(Error::new(
+            ErrorKind::Usage,
+            format!("{} disks cannot be preallocated yet", request.format.name()),
+        )
+        .with_remedy("leave -oa away, or take raw disks with -of raw"));
+    }
+    Ok(())
 }
 
 /// Files under the final names that this program did not make are not replaced unasked.

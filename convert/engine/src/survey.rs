@@ -81,10 +81,10 @@ pub fn survey(
     if unlock(guest, &volumes, keys, reporter)? {
         volumes = guest.volumes().map_err(failed("listing what is on the disks"))?;
     }
-    let root = find_root(guest, &volumes, choice)?;
+    let (root, subvolume) = find_root(guest, &volumes, choice)?;
     let mut damage = Vec::new();
     check(guest, &volumes, &root, &mut damage)?;
-    mount(guest, &volumes, &root, &GuestPath::of("/"))?;
+    mount(guest, &volumes, &root, &subvolume, &GuestPath::of("/"))?;
     let files = GuestFiles(guest);
     let inspected = match inspect_root(&files) {
         // What is damaged may not be readable: then the damage is what has to be remedied.
@@ -112,7 +112,8 @@ pub fn survey(
             continue;
         }
         check(guest, &volumes, &device, &mut damage)?;
-        match mount(guest, &volumes, &device, &point) {
+        let subvolume = subvolume_of(&resolved.mount.options);
+        match mount(guest, &volumes, &device, subvolume, &point) {
             Ok(()) => mounted.push((device, point)),
             Err(error) if error.kind() == ErrorKind::Conversion => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
@@ -142,10 +143,26 @@ fn filesystem_type<'a>(volumes: &'a [Volume], device: &str) -> &'a str {
         .unwrap_or_default()
 }
 
-fn mount(guest: &Guest, volumes: &[Volume], device: &str, point: &GuestPath) -> Result<()> {
+/// The option that names a subvolume of btrfs, out of a line of fstab.
+fn subvolume_of(options: &str) -> &str {
+    options
+        .split(',')
+        .find(|option| option.starts_with("subvol=") || option.starts_with("subvolid="))
+        .unwrap_or_default()
+}
+
+fn mount(
+    guest: &Guest,
+    volumes: &[Volume],
+    device: &str,
+    subvolume: &str,
+    point: &GuestPath,
+) -> Result<()> {
     let fstype = filesystem_type(volumes, device);
     let fstype = (!fstype.is_empty()).then_some(fstype);
-    guest.mount(device, point, "", fstype).map_err(failed(&format!("mounting {device} on {point}")))
+    guest
+        .mount(device, point, subvolume, fstype)
+        .map_err(failed(&format!("mounting {device} on {point}")))
 }
 
 /// Opens every encrypted volume for which there is a key; whether any was opened.
@@ -196,8 +213,13 @@ fn unlock(
     Ok(opened)
 }
 
-/// The device of the root filesystem that the user wants.
-fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<String> {
+/// Where installers put the root of a btrfs filesystem: its default subvolume, Debian's and
+/// Ubuntu's.
+const BTRFS_ROOTS: &[&str] = &["", "subvol=@rootfs", "subvol=@"];
+
+/// The device of the root filesystem that the user wants, and the option that names its
+/// subvolume.
+fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<(String, String)> {
     let mut roots = Vec::new();
     let mut seen = Vec::new();
     for volume in volumes {
@@ -206,23 +228,22 @@ fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<S
             seen.push(format!("{}: {}", volume.device, describe(volume)));
             continue;
         }
-        if let Err(error) = mount(guest, volumes, &volume.device, &GuestPath::of("/")) {
-            if error.kind() != ErrorKind::Conversion {
-                return Err(error);
+        let places: &[&str] = if fstype == "btrfs" { BTRFS_ROOTS } else { &[""] };
+        let mut why = String::new();
+        for subvolume in places {
+            match look(guest, volumes, &volume.device, subvolume)? {
+                RootCheck::Root => {
+                    roots.push((volume.device.clone(), (*subvolume).to_owned()));
+                    why.clear();
+                    break;
+                }
+                // The default subvolume says most about what the filesystem is.
+                RootCheck::Rejected(reason) if why.is_empty() => why = reason,
+                RootCheck::Rejected(_) => {}
             }
-            let cause = std::error::Error::source(&error).map(ToString::to_string);
-            seen.push(format!("{}: {}", volume.device, cause.unwrap_or_default()));
-            continue;
         }
-        let found = is_root(&GuestFiles(guest));
-        guest
-            .unmount(&GuestPath::of("/"))
-            .map_err(failed(&format!("unmounting {}", volume.device)))?;
-        match found.map_err(|error| from_inspection("looking for an operating system", error))? {
-            RootCheck::Root => roots.push(volume.device.clone()),
-            RootCheck::Rejected(why) => {
-                seen.push(format!("{}: {fstype} filesystem, {why}", volume.device));
-            }
+        if !why.is_empty() {
+            seen.push(format!("{}: {fstype} filesystem, {why}", volume.device));
         }
     }
     match (choice, roots.as_slice()) {
@@ -235,8 +256,8 @@ fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<S
              if a volume is encrypted, give its key with --key",
         )),
         (RootChoice::Device(wanted), roots) => {
-            roots.iter().find(|root| *root == wanted).cloned().ok_or_else(|| {
-                let found = roots.join(", ");
+            roots.iter().find(|(root, _)| root == wanted).cloned().ok_or_else(|| {
+                let found = devices(roots);
                 Error::new(
                     ErrorKind::Usage,
                     format!("--root {wanted}: no operating system is there"),
@@ -247,10 +268,30 @@ fn find_root(guest: &Guest, volumes: &[Volume], choice: &RootChoice) -> Result<S
         (RootChoice::First, [first, ..]) | (RootChoice::Single, [first]) => Ok(first.clone()),
         (RootChoice::Single, several) => Err(Error::new(
             ErrorKind::Usage,
-            format!("several operating systems were found, on {}", several.join(", ")),
+            format!("several operating systems were found, on {}", devices(several)),
         )
         .with_remedy("say which one is to be converted, for example with --root /dev/sda1")),
     }
+}
+
+fn devices(roots: &[(String, String)]) -> String {
+    let devices: Vec<&str> = roots.iter().map(|(device, _)| device.as_str()).collect();
+    devices.join(", ")
+}
+
+/// Whether the root of an operating system is on this device, in this subvolume.
+fn look(guest: &Guest, volumes: &[Volume], device: &str, subvolume: &str) -> Result<RootCheck> {
+    let root = GuestPath::of("/");
+    if let Err(error) = mount(guest, volumes, device, subvolume, &root) {
+        if error.kind() != ErrorKind::Conversion {
+            return Err(error);
+        }
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        return Ok(RootCheck::Rejected(cause.unwrap_or_default()));
+    }
+    let found = is_root(&GuestFiles(guest));
+    guest.unmount(&root).map_err(failed(&format!("unmounting {device}")))?;
+    found.map_err(|error| from_inspection("looking for an operating system", error))
 }
 
 fn describe(volume: &Volume) -> String {
@@ -320,4 +361,26 @@ fn filesystems(volumes: &[Volume]) -> Vec<Filesystem> {
             }
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_subvolume_of_a_line_is_kept() {
+        for (options, wanted) in [
+            ("defaults,subvol=@home,noatime", "subvol=@home"),
+            ("rw,subvolid=256", "subvolid=256"),
+            ("defaults", ""),
+        ] {
+            assert_eq!(subvolume_of(options), wanted);
+        }
+    }
+
+    #[test]
+    fn partitions_have_a_disk_and_a_number() {
+        assert_eq!(place("/dev/sdb3"), Some((1, Some(3))));
+        assert_eq!(place("/dev/vg/root"), None);
+    }
 }

@@ -110,6 +110,8 @@ impl Place<'_> {
 struct Walk<'a> {
     options: &'a OpenOptions,
     chain: Vec<(PathBuf, Format)>,
+    /// Content id of the VMDK disk that was opened last: of the parent, to its child.
+    cid: Option<u32>,
     /// Device and inode of every file of the chain.
     seen: Vec<(u64, u64)>,
     warnings: Vec<String>,
@@ -117,7 +119,7 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        Self { options, chain: Vec::new(), seen: Vec::new(), warnings: Vec::new() }
+        Self { options, chain: Vec::new(), cid: None, seen: Vec::new(), warnings: Vec::new() }
     }
 
     fn opened(self, device: Arc<dyn BlockDevice>, format: Format, path: &Path) -> Opened {
@@ -196,9 +198,10 @@ impl<'a> Walk<'a> {
             && let Some(hint) = &descriptor.parent_hint
         {
             let device = self.below(image.path, hint, "parent disk", Some(Format::Vmdk), place)?;
-            options.parent = Some(Parent { device, cid: None });
+            options.parent = Some(Parent { device, cid: self.cid });
         }
         let disk = Vmdk::open(image.file, place.gate(), options)?;
+        self.cid = disk.cid();
         let warnings = disk.warnings().iter();
         self.warnings.extend(warnings.map(|text| format!("{}: {text}", image.path.display())));
         Ok(Arc::new(disk))
