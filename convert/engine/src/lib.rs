@@ -17,6 +17,7 @@ mod machine;
 mod pipeline;
 mod request;
 mod survey;
+mod verification;
 mod verify;
 mod witness;
 mod work;

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+use super::*;
+use tranship_protocol::GuestPath;
+
+fn hello() -> Hello {
+    Hello { version: VERSION, kernel: "6.1".into(), stages: Vec::new() }
+}
+
+/// A session whose agent is `script`, run on a thread.
+fn session(
+    script: impl FnOnce(UnixStream, UnixStream) + Send + 'static,
+) -> (Session, std::thread::JoinHandle<()>) {
+    let (control, mut far_control) = UnixStream::pair().unwrap();
+    let (bulk, far_bulk) = UnixStream::pair().unwrap();
+    Frame::encode(0, &hello()).unwrap().write_to(&mut far_control).unwrap();
+    let thread = std::thread::spawn(move || script(far_control, far_bulk));
+    let session = Session::open(control, bulk, CancelToken::default(), &|| None).unwrap();
+    (session, thread)
+}
+
+fn next(stream: &mut UnixStream) -> Frame {
+    Frame::read_from(stream).unwrap().unwrap()
+}
+
+#[test]
+fn a_download_arrives_in_order_with_credit_given_back() {
+    let (session, thread) = session(|mut control, mut bulk| {
+        let id = next(&mut control).id;
+        for piece in [&b"one "[..], b"two"] {
+            let data = Frame { kind: FrameKind::Data, id, body: piece.to_vec() };
+            data.write_to(&mut bulk).unwrap();
+        }
+        Frame { kind: FrameKind::End, id, body: Vec::new() }.write_to(&mut bulk).unwrap();
+        Frame::encode(id, &Reply::Bytes(7)).unwrap().write_to(&mut control).unwrap();
+        let credits: u64 = (0..2).map(|_| next(&mut control).decode::<Credit>().unwrap().0).sum();
+        assert_eq!(credits, 7);
+    });
+    let mut got = Vec::new();
+    let call = Call::Download { path: GuestPath::of("/f") };
+    let reply = session
+        .download(
+            &call,
+            &mut |bytes| {
+                got.extend_from_slice(bytes);
+                Ok(())
+            },
+            &Silent,
+        )
+        .unwrap();
+    assert_eq!((reply, got.as_slice()), (Reply::Bytes(7), &b"one two"[..]));
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_upload_waits_for_credit() {
+    let (session, thread) = session(|mut control, mut bulk| {
+        let id = next(&mut control).id;
+        for (credit, expected) in [(3, &b"abc"[..]), (10, b"de")] {
+            Frame::encode(id, &Credit(credit)).unwrap().write_to(&mut control).unwrap();
+            assert_eq!(next(&mut bulk).body, expected);
+        }
+        assert_eq!(next(&mut bulk).kind, FrameKind::End);
+        Frame::encode(id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+    });
+    let call = Call::Append { path: GuestPath::of("/f"), align: 4, backup: None };
+    assert_eq!(session.upload(&call, &mut &b"abcde"[..], &Silent).unwrap(), Reply::Done);
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_agent_that_floods_is_cut_off() {
+    let (session, thread) = session(|mut control, mut bulk| {
+        let id = next(&mut control).id;
+        let data = Frame { kind: FrameKind::Data, id, body: vec![0; CHUNK] };
+        while data.write_to(&mut bulk).is_ok() {}
+    });
+    let call = Call::Download { path: GuestPath::of("/f") };
+    // The first piece blocks the call, so that no credit is given back.
+    let error = session
+        .download(
+            &call,
+            &mut |_| {
+                std::thread::sleep(Duration::from_millis(300));
+                Ok(())
+            },
+            &Silent,
+        )
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
+    drop(session);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_failure_has_the_calls_name_and_errno() {
+    let (session, thread) = session(|mut control, _bulk| {
+        let id = next(&mut control).id;
+        let failure = Failure { errno: 2, message: "/f: No such file or directory".into() };
+        Frame::encode(id, &failure).unwrap().write_to(&mut control).unwrap();
+    });
+    let error = session.call(&Call::ReadLink { path: GuestPath::of("/f") }).unwrap_err();
+    assert_eq!(error.to_string(), "read_link: /f: No such file or directory");
+    assert_eq!((error.kind(), error.errno()), (ErrorKind::Call, 2));
+    thread.join().unwrap();
+}
+
+#[test]
+fn the_last_answer_counts_although_the_agent_hangs_up_behind_it() {
+    for _ in 0..200 {
+        let (session, thread) = session(|mut control, bulk| {
+            drop(bulk);
+            let id = next(&mut control).id;
+            Frame::encode(id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+        });
+        assert_eq!(session.call(&Call::Shutdown).unwrap(), Reply::Done);
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn calls_fail_once_the_agent_is_gone() {
+    let (session, thread) = session(|control, bulk| drop((control, bulk)));
+    thread.join().unwrap();
+    for _ in 0..2 {
+        assert_eq!(session.call(&Call::Ping).unwrap_err().kind(), ErrorKind::Lost);
+    }
+}
+
+#[test]
+fn nonsense_ends_the_session() {
+    let (session, thread) = session(|mut control, _bulk| {
+        next(&mut control);
+        Frame { kind: FrameKind::Call, id: 1, body: Vec::new() }.write_to(&mut control).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+    });
+    let error = session.call(&Call::Ping).unwrap_err();
+    assert!(error.to_string().contains("unexpected Call"), "{error}");
+    thread.join().unwrap();
+}
