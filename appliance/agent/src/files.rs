@@ -191,17 +191,15 @@ impl Place {
         Self::of(&GuestPath::of(inside.as_os_str().as_bytes()))
     }
 
-    fn temporary(&self) -> Self {
+    /// The name beside this one under which new contents are prepared.
+    fn temporary(&self, path: &GuestPath) -> Result<Self> {
         let mut name = b".tranship-new-".to_vec();
         name.extend_from_slice(&self.name);
         // File names have at most 255 bytes.
         name.truncate(255);
-        Self {
-            directory: rustix::io::fcntl_dupfd_cloexec(&self.directory, 3).unwrap_or_else(|_| {
-                unreachable!("the descriptor is open and the limit is not reached")
-            }),
-            name,
-        }
+        let directory = rustix::io::fcntl_dupfd_cloexec(&self.directory, 3)
+            .map_err(|error| system(path, error))?;
+        Ok(Self { directory, name })
     }
 
     fn create(&self, path: &GuestPath, new: NewFile) -> Result<File> {
@@ -303,7 +301,7 @@ pub(crate) fn replace(path: &GuestPath, new: NewFile, parents: bool) -> Result<R
     };
     let Some(old) = old else {
         let place = Place::of(path)?;
-        let temporary = place.temporary();
+        let temporary = place.temporary(path)?;
         let file = temporary.create(path, new)?;
         return Ok(Replacement {
             path: path.clone(),
@@ -319,7 +317,7 @@ pub(crate) fn replace(path: &GuestPath, new: NewFile, parents: bool) -> Result<R
         return Err(plain(format!("{path}: not a regular file")));
     }
     let place = Place::of_open(&old, path)?;
-    let temporary = place.temporary();
+    let temporary = place.temporary(path)?;
     let file = temporary.create(path, owner_of(&stat))?;
     let old = File::from(old);
     copy_xattrs(&old, &file, path)?;
@@ -391,7 +389,7 @@ pub(crate) fn append(
         .checked_next_multiple_of(align.max(1))
         .ok_or_else(|| plain(format!("{path}: size overflows")))?;
     let (mut file, replacement) = if backup.is_some() {
-        let temporary = place.temporary();
+        let temporary = place.temporary(path)?;
         let mut copy = temporary.create(path, owner_of(&stat))?;
         copy_xattrs(&old, &copy, path)?;
         copy_contents(&mut old, &mut copy, path)?;
@@ -467,7 +465,7 @@ pub(crate) fn make_dirs(path: &GuestPath, mode: u32) -> Result<()> {
 /// Makes a symbolic link, replacing a file or link of that name.
 pub(crate) fn symlink(path: &GuestPath, target: &[u8]) -> Result<()> {
     let place = Place::of(path)?;
-    let temporary = place.temporary();
+    let temporary = place.temporary(path)?;
     temporary.remove();
     rustix::fs::symlinkat(target, &temporary.directory, temporary.name.as_slice())
         .map_err(|error| system(path, error))?;
@@ -479,7 +477,7 @@ pub(crate) fn copy(from: &GuestPath, to: &GuestPath) -> Result<()> {
     let mut source = open_regular(from)?;
     let stat = fstat(&source).map_err(|error| system(from, error))?;
     let place = Place::of(to)?;
-    let temporary = place.temporary();
+    let temporary = place.temporary(to)?;
     let mut target = temporary.create(to, owner_of(&stat))?;
     copy_contents(&mut source, &mut target, to)
         .and_then(|_| copy_xattrs(&source, &target, to))

@@ -329,7 +329,7 @@ impl Worker {
         });
         let status = running.child.wait().map_err(|error| io(running.name(), &error))?;
         outcome?;
-        Ok(Reply::Finished(ProgramOutput { status: shell_status(status), dropped: 0 }))
+        Ok(Reply::Finished(ProgramOutput { status: shell_status(status) }))
     }
 
     /// Sends what the program prints until it ends, is cancelled or takes too long.

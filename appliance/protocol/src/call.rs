@@ -137,8 +137,6 @@ pub struct FilesystemCheck {
 pub struct ProgramOutput {
     /// Exit status; 128 + N if signal N ended it.
     pub status: i32,
-    /// Bytes of output that were dropped because they exceeded the limit.
-    pub dropped: u64,
 }
 
 /// Attributes for a file that is made anew.

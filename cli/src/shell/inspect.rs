@@ -6,34 +6,12 @@ use super::session::Shell;
 use super::table::Arguments;
 use super::{Flow, Outcome};
 use crate::failure::Failure;
-use tranship_convert::{ErrorKind, GuestFiles};
-use tranship_inspect::{
-    Facts, Filesystem, ResolvedMount, inspect_root, kernel_name, resolve_mounts,
-};
-use tranship_protocol::{GuestPath, Volume, VolumeKind};
+use tranship_convert::{ErrorKind, GuestFiles, subvolume_of};
+use tranship_inspect::{Facts, ResolvedMount, inspect_root, resolve_mounts};
+use tranship_protocol::{GuestPath, Volume};
 
 fn failed(message: impl Into<String>) -> Failure {
     Failure::new(ErrorKind::Conversion, message)
-}
-
-/// A volume as the inspection knows it.
-fn filesystem(volume: &Volume) -> Filesystem {
-    let tag = |name: &str| volume.tag(name).map(ToOwned::to_owned);
-    let name = volume.device.strip_prefix("/dev/").unwrap_or_default();
-    let place = kernel_name(name).filter(|_| name.starts_with("sd"));
-    let logical = volume.kind == VolumeKind::LogicalVolume;
-    let group = name.split_once('/').filter(|_| logical);
-    Filesystem {
-        device: volume.device.clone(),
-        fstype: tag("TYPE").unwrap_or_default(),
-        label: tag("LABEL"),
-        uuid: tag("UUID"),
-        partuuid: tag("PART_ENTRY_UUID"),
-        partlabel: tag("PART_ENTRY_NAME"),
-        disk: place.map(|(disk, _)| disk),
-        partition: place.and_then(|(_, partition)| partition),
-        volume: group.map(|(group, volume)| (group.to_owned(), volume.to_owned())),
-    }
 }
 
 /// Every filesystem's device and, if it is the root of one, its operating system.
@@ -129,7 +107,9 @@ pub(super) fn mount_all(shell: &mut Shell) -> Result<(), Failure> {
             continue;
         }
         let path = GuestPath::of(mountpoint);
-        if let Err(error) = shell.guest.mount(device, &path, options, None) {
+        let subvolume = subvolume_of(&mount.mount.options);
+        let both = [options, subvolume].join(",");
+        if let Err(error) = shell.guest.mount(device, &path, &both, None) {
             shell.warn(&format!("{device} was not mounted at {mountpoint}: {error}"));
         }
     }
@@ -137,8 +117,7 @@ pub(super) fn mount_all(shell: &mut Shell) -> Result<(), Failure> {
 }
 
 fn mounts_of(facts: &Facts, volumes: &[Volume]) -> Vec<ResolvedMount> {
-    let known: Vec<Filesystem> = volumes.iter().map(filesystem).collect();
-    resolve_mounts(&facts.mounts, &known)
+    resolve_mounts(&facts.mounts, &tranship_convert::filesystems(volumes))
 }
 
 fn facts<'a>(shell: &'a Shell, root: &str) -> Result<&'a Facts, Failure> {
@@ -205,27 +184,4 @@ pub(super) fn mountpoints(shell: &mut Shell, arguments: &Arguments) -> Outcome {
         }
     }
     shell.print_lines(lines)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn volumes_keep_their_places() {
-        let volume = |device: &str, kind| Volume {
-            device: device.into(),
-            kind,
-            size: 0,
-            start: None,
-            number: None,
-            tags: vec![("TYPE".into(), "ext4".into()), ("UUID".into(), "u".into())],
-        };
-        let found = filesystem(&volume("/dev/sdb2", VolumeKind::Partition));
-        assert_eq!((found.disk, found.partition), (Some(1), Some(2)));
-        assert_eq!((found.fstype.as_str(), found.uuid.as_deref()), ("ext4", Some("u")));
-        let found = filesystem(&volume("/dev/vg/sda", VolumeKind::LogicalVolume));
-        assert_eq!(found.volume, Some(("vg".into(), "sda".into())));
-        assert_eq!((found.disk, found.partition), (None, None));
-    }
 }

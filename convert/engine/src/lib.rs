@@ -30,6 +30,6 @@ pub use pipeline::{DryRun, Report, convert, dry_run, read_source};
 pub use request::{
     InitramfsMode, Input, Key, NetworkRule, NetworkType, Request, RootChoice, TargetFormat,
 };
-pub use survey::{Survey, survey};
+pub use survey::{Survey, filesystems, subvolume_of, survey};
 pub use tranship_appliance::CancelToken;
 pub use verify::{BootReport, VerifyOptions, verify_boot};

@@ -143,8 +143,8 @@ fn filesystem_type<'a>(volumes: &'a [Volume], device: &str) -> &'a str {
         .unwrap_or_default()
 }
 
-/// The option that names a subvolume of btrfs, out of a line of fstab.
-fn subvolume_of(options: &str) -> &str {
+/// The option that names a subvolume of btrfs, out of a line of fstab; empty if none does.
+pub fn subvolume_of(options: &str) -> &str {
     options
         .split(',')
         .find(|option| option.starts_with("subvol=") || option.starts_with("subvolid="))
@@ -334,7 +334,7 @@ pub(crate) fn place(device: &str) -> Option<(usize, Option<u32>)> {
 }
 
 /// What inspection has to know of the volumes to find the lines of fstab.
-fn filesystems(volumes: &[Volume]) -> Vec<Filesystem> {
+pub fn filesystems(volumes: &[Volume]) -> Vec<Filesystem> {
     let tag = |volume: &Volume, name: &str| volume.tag(name).map(str::to_owned);
     volumes
         .iter()
@@ -382,5 +382,28 @@ mod tests {
     fn partitions_have_a_disk_and_a_number() {
         assert_eq!(place("/dev/sdb3"), Some((1, Some(3))));
         assert_eq!(place("/dev/vg/root"), None);
+    }
+
+    #[test]
+    fn volumes_keep_their_places() {
+        let volume = |device: &str, kind| Volume {
+            device: device.into(),
+            kind,
+            size: 0,
+            start: None,
+            number: None,
+            tags: vec![("TYPE".into(), "ext4".into()), ("UUID".into(), "u".into())],
+        };
+        let volumes = [
+            volume("/dev/sdb2", VolumeKind::Partition),
+            volume("/dev/vg/sda", VolumeKind::LogicalVolume),
+        ];
+        let all = filesystems(&volumes);
+        let found = &all[0];
+        assert_eq!((found.disk, found.partition), (Some(1), Some(2)));
+        assert_eq!((found.fstype.as_str(), found.uuid.as_deref()), ("ext4", Some("u")));
+        let found = &all[1];
+        assert_eq!(found.volume, Some(("vg".into(), "sda".into())));
+        assert_eq!((found.disk, found.partition), (None, None));
     }
 }
