@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod check;
+mod cipher;
 mod copy;
 mod device;
 mod error;
@@ -15,9 +17,12 @@ mod extent;
 mod fields;
 mod gate;
 mod memory;
+mod packed;
 mod slice;
 mod zero;
 
+pub use check::{CheckReport, Repair};
+pub use cipher::SectorCipher;
 pub use copy::{Copied, CopyObserver, CopyOptions, copy};
 pub use device::{BlockDevice, Storage, Zeroing};
 pub use error::{Error, ErrorKind, Result};
@@ -25,5 +30,6 @@ pub use extent::{Extent, ExtentKind, Extents, Span};
 pub use fields::{BigEndian, LittleEndian};
 pub use gate::{DenyAll, Gate, Request};
 pub use memory::MemoryDevice;
+pub use packed::{Encoding, PackedTarget, PackedUnit};
 pub use slice::Slice;
 pub use zero::is_zero;

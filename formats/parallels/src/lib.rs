@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Parallels images and bundles: read-only.
+#![forbid(unsafe_code)]
+#![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
