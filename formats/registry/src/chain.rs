@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opening an image together with what it is based on.
 
-use crate::{FolderGate, Format, probe};
+use crate::layer::{Disk, Layer, Opened};
+use crate::null::NullDevice;
+use crate::spec::{Below, SliceOf, Spec};
+use crate::{FolderGate, Format, Secrets, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, ErrorKind, Gate, Request, Result, Storage};
+use tranship_block::{
+    BlockDevice, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span, Storage,
+};
 use tranship_qcow2::{Header, Qcow2};
 use tranship_raw::{Access, RawFile};
 use tranship_vmdk::{NO_PARENT, Parent, Vmdk};
@@ -13,33 +18,36 @@ use tranship_vmdk::{NO_PARENT, Parent, Vmdk};
 /// Images in a chain: QEMU has no limit, and overflows its stack instead.
 const DEEPEST: usize = 64;
 
+/// Where the parents of an image may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trust {
+    /// Whatever the image asks for, only its own folder and the allowed ones are open to
+    /// it: for images that came from somebody else.
+    #[default]
+    Folder,
+    /// The parent of a QCOW2, VHD or VHDX image may be any regular file or block device,
+    /// as users of `qemu-img` expect. Extents of a VMDK and data files stay in the folder.
+    Parents,
+}
+
 /// How a disk is opened.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// The format of the first image; guessed if it is not given.
     pub format: Option<Format>,
-    /// Refuse writes. Images below the first, and VMDK disks, are never written.
+    /// Refuse writes. Images below the first are never written.
     pub read_only: bool,
+    /// Where parents may be.
+    pub trust: Trust,
     /// Folders, besides the image's own, in which images may ask for files.
     pub allowed: Vec<PathBuf>,
     /// Guess the format of a backing file for which the image gives none. A guess of raw
     /// is refused even so, since it may be wrong in both directions.
     pub guess_backing: bool,
-}
-
-/// An open disk.
-#[derive(Debug)]
-pub struct Opened {
-    /// What the guest sees.
-    pub device: Arc<dyn BlockDevice>,
-    /// The format of the first image.
-    pub format: Format,
-    /// The first image.
-    pub path: PathBuf,
-    /// All images that contribute, the first one first.
-    pub chain: Vec<(PathBuf, Format)>,
-    /// What the user should know, each a sentence without a full stop.
-    pub warnings: Vec<String>,
+    /// Open the first image alone: what it does not have itself reads as zero.
+    pub without_backing: bool,
+    /// Passphrases of encrypted images.
+    pub secrets: Secrets,
 }
 
 /// Opens the disk at `path` with its backing chain.
@@ -51,17 +59,20 @@ pub struct Opened {
 /// [`ErrorKind::Unsupported`] for a format that cannot be opened, and what opening each
 /// image reports.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Opened> {
-    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let file = RawFile::open(path, access)?;
+    open_spec(&Spec::from_path(path), options)
+}
+
+/// Opens the disk that `spec` names with its backing chain.
+///
+/// # Errors
+///
+/// As [`open`].
+pub fn open_spec(spec: &Spec, options: &OpenOptions) -> Result<Opened> {
     let mut walk = Walk::new(options);
-    walk.remember(&file)?;
-    let file = Arc::new(file);
-    let format = walk.first_format(&file, path)?;
-    let storage: Option<Arc<dyn Storage>> =
-        if options.read_only { None } else { Some(file.clone()) };
-    let place = Place::Folder(FolderGate::beside(path, &options.allowed));
-    let device = walk.image(Image { file, storage, path, format }, &place)?;
-    Ok(walk.opened(device, format, path))
+    let path = spec.path().unwrap_or(Path::new(&spec.name)).to_owned();
+    let disk = walk.named(spec, options.read_only, options.format)?;
+    let format = walk.chain.first().map_or(Format::Raw, |(_, format)| *format);
+    Ok(walk.opened(disk.device(), format, &path))
 }
 
 /// Opens the disk in `device`, which is called `name`, for reading: a member of an
@@ -78,9 +89,10 @@ pub fn open_device(
 ) -> Result<Opened> {
     let mut walk = Walk::new(options);
     let format = walk.first_format(&*device, name)?;
-    let image = Image { file: device, storage: None, path: name, format };
-    let device = walk.image(image, &Place::Elsewhere(gate))?;
-    Ok(walk.opened(device, format, name))
+    let shown = name.display().to_string();
+    let image = Image { file: device, storage: None, name: &shown, path: name, format, spec: None };
+    let disk = walk.image(image, &Place::Elsewhere(gate))?;
+    Ok(walk.opened(disk.device(), format, name))
 }
 
 /// A file, and what it is to be opened as.
@@ -88,8 +100,11 @@ struct Image<'a> {
     file: Arc<dyn BlockDevice>,
     /// The same file, if the image may be written.
     storage: Option<Arc<dyn Storage>>,
+    name: &'a str,
     path: &'a Path,
     format: Format,
+    /// What its user said about it, if it was its user who named it.
+    spec: Option<&'a Spec>,
 }
 
 /// Where an image's requests go.
@@ -115,15 +130,67 @@ struct Walk<'a> {
     /// Device and inode of every file of the chain.
     seen: Vec<(u64, u64)>,
     warnings: Vec<String>,
+    /// The first image last: each is complete only after what it is based on.
+    layers: Vec<Layer>,
 }
 
 impl<'a> Walk<'a> {
     fn new(options: &'a OpenOptions) -> Self {
-        Self { options, chain: Vec::new(), cid: None, seen: Vec::new(), warnings: Vec::new() }
+        Self {
+            options,
+            chain: Vec::new(),
+            cid: None,
+            seen: Vec::new(),
+            warnings: Vec::new(),
+            layers: Vec::new(),
+        }
     }
 
-    fn opened(self, device: Arc<dyn BlockDevice>, format: Format, path: &Path) -> Opened {
-        Opened { device, format, path: path.to_owned(), chain: self.chain, warnings: self.warnings }
+    fn opened(mut self, device: Arc<dyn BlockDevice>, format: Format, path: &Path) -> Opened {
+        self.layers.reverse();
+        Opened {
+            device,
+            format,
+            path: path.to_owned(),
+            chain: self.chain,
+            warnings: self.warnings,
+            layers: self.layers,
+        }
+    }
+
+    /// Opens an image that the user names.
+    fn named(&mut self, spec: &Spec, read_only: bool, format: Option<Format>) -> Result<Disk> {
+        let path = spec.path().unwrap_or(Path::new(&spec.name));
+        let (file, storage): (Arc<dyn BlockDevice>, Option<Arc<dyn Storage>>) = match &spec.place {
+            crate::spec::Place::File(path) => {
+                let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+                let file = Arc::new(RawFile::open(path, access)?);
+                self.remember(&file)?;
+                (file.clone(), Some(file))
+            }
+            crate::spec::Place::Null { size } => {
+                let file = Arc::new(NullDevice { size: *size });
+                (file.clone(), Some(file))
+            }
+            crate::spec::Place::Nbd(_) => {
+                return Err(Error::unsupported(format!(
+                    "{}: disks of NBD servers cannot be opened yet",
+                    spec.name
+                )));
+            }
+        };
+        let format = match spec.format.or(format) {
+            Some(format) => format,
+            None => self.first_format(&file, path)?,
+        };
+        let storage = storage.filter(|_| !read_only);
+        let place = Place::Folder(FolderGate::beside(path, &self.options.allowed));
+        let (file, storage) = match spec.slice {
+            None => (file, storage),
+            Some(slice) => (part_of(file, slice, path)?, None),
+        };
+        let image = Image { file, storage, name: &spec.name, path, format, spec: Some(spec) };
+        self.image(image, &place)
     }
 
     fn first_format(&mut self, file: &dyn BlockDevice, path: &Path) -> Result<Format> {
@@ -154,31 +221,63 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    fn image(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Arc<dyn BlockDevice>> {
+    fn image(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
         if self.chain.len() >= DEEPEST {
             return Err(Error::corrupt(format!("backing chain has more than {DEEPEST} images"))
                 .in_file(image.path));
         }
         self.chain.push((image.path.to_owned(), image.format));
-        let path = image.path;
-        match image.format {
-            Format::Raw => Ok(image.file),
+        let (file, storage) = (Arc::clone(&image.file), image.storage.clone());
+        let (name, path, format) = (image.name, image.path, image.format);
+        let disk = match format {
+            Format::Raw => Ok(Disk::Raw(image.file)),
             Format::Qcow2 => self.qcow2(image, place),
             Format::Vmdk => self.vmdk(image, place),
             other => Err(Error::unsupported(format!("disks of format {other} cannot be opened"))),
         }
-        .map_err(|error| error.in_file(path))
+        .map_err(|error| error.in_file(path))?;
+        self.layers.push(Layer {
+            name: name.to_owned(),
+            path: path.to_owned(),
+            format,
+            file,
+            storage,
+            disk: disk.clone(),
+        });
+        Ok(disk)
     }
 
-    fn qcow2(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Arc<dyn BlockDevice>> {
+    /// What an image is based on: what its user says, or else what itself asks for.
+    fn base(
+        &mut self,
+        image: &Image<'_>,
+        place: &Place<'_>,
+        wanted: Option<Wanted<'_>>,
+    ) -> Result<Option<Arc<dyn BlockDevice>>> {
+        match image.spec.map_or(&Below::AsTheImageSays, |spec| &spec.backing) {
+            Below::Nothing => return Ok(wanted.map(|_| nothing())),
+            Below::Given(base) => return Ok(Some(self.named(base, true, None)?.device())),
+            Below::AsTheImageSays => {}
+        }
+        let Some(wanted) = wanted else { return Ok(None) };
+        // Nobody asks an image that is opened alone for what it does not have.
+        if self.options.without_backing {
+            return Ok(Some(nothing()));
+        }
+        self.below(image.path, &wanted, place).map(|disk| Some(disk.device()))
+    }
+
+    fn qcow2(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
         let header = Header::read(&image.file)?;
-        let backing = match &header.backing {
+        let wanted = match &header.backing {
             None => None,
             Some(backing) => {
                 let format = backing.format.as_deref().map(str::parse).transpose()?;
-                Some(self.below(image.path, &backing.name, "backing file", format, place)?)
+                let names = vec![backing.name.as_str()];
+                Some(Wanted { names, role: "backing file", format, anywhere: true })
             }
         };
+        let backing = self.base(&image, place, wanted)?;
         let disk = match image.storage {
             Some(storage) => {
                 let options = tranship_qcow2::OpenOptions { read_only: false, backing };
@@ -186,58 +285,109 @@ impl<'a> Walk<'a> {
             }
             None => Qcow2::open_read_only(image.file, backing)?,
         };
-        Ok(Arc::new(disk))
+        Ok(Disk::Qcow2(Arc::new(disk)))
     }
 
-    fn vmdk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Arc<dyn BlockDevice>> {
+    fn vmdk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
         let mut options = tranship_vmdk::OpenOptions::default();
         let descriptor = tranship_vmdk::read_descriptor(&image.file)?;
         let is_child = |cid: &u32| *cid != NO_PARENT;
-        if let Some(descriptor) = descriptor
-            && descriptor.parent_cid.as_ref().is_some_and(is_child)
-            && let Some(hint) = &descriptor.parent_hint
-        {
-            let device = self.below(image.path, hint, "parent disk", Some(Format::Vmdk), place)?;
+        let hint = descriptor
+            .filter(|descriptor| descriptor.parent_cid.as_ref().is_some_and(is_child))
+            .and_then(|descriptor| descriptor.parent_hint);
+        let wanted = hint.as_deref().map(|hint| Wanted {
+            names: vec![hint],
+            role: "parent disk",
+            format: Some(Format::Vmdk),
+            anywhere: false,
+        });
+        if let Some(device) = self.base(&image, place, wanted)? {
             options.parent = Some(Parent { device, cid: self.cid });
         }
         let disk = Vmdk::open(image.file, place.gate(), options)?;
         self.cid = disk.cid();
         let warnings = disk.warnings().iter();
         self.warnings.extend(warnings.map(|text| format!("{}: {text}", image.path.display())));
-        Ok(Arc::new(disk))
+        Ok(Disk::Vmdk(Arc::new(disk)))
     }
 
     /// Opens the image that the one at `path` is based on, for reading.
-    fn below(
+    fn below(&mut self, path: &Path, wanted: &Wanted<'_>, place: &Place<'_>) -> Result<Disk> {
+        let mut missing = None;
+        for name in &wanted.names {
+            match self.below_by_name(path, name, wanted, place) {
+                // Images of other systems know names that mean nothing here.
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    missing.get_or_insert(error);
+                }
+                other => return other,
+            }
+        }
+        Err(missing.unwrap_or_else(|| {
+            Error::corrupt(format!("the image needs a {} and does not name it", wanted.role))
+        }))
+    }
+
+    fn below_by_name(
         &mut self,
         path: &Path,
         name: &str,
-        role: &str,
-        format: Option<Format>,
+        wanted: &Wanted<'_>,
         place: &Place<'_>,
-    ) -> Result<Arc<dyn BlockDevice>> {
+    ) -> Result<Disk> {
+        let format = wanted.format;
         if format.is_none() && !self.options.guess_backing {
             return Err(no_format(name, "it has to be given, since guessing it is unsafe"));
         }
-        let request = Request { name, role, writable: false };
+        let request = Request { name, role: wanted.role, writable: false };
         match place {
             Place::Folder(gate) => {
-                let file = gate.open_file(request)?;
+                let file = match self.options.trust {
+                    Trust::Parents if wanted.anywhere => gate.open_parent(request)?,
+                    _ => gate.open_file(request)?,
+                };
                 self.remember(&file)?;
                 let path = file.path().to_owned();
                 let file: Arc<dyn BlockDevice> = Arc::new(file);
                 let format = below_format(&*file, &path, name, format)?;
                 let place = Place::Folder(FolderGate::beside(&path, &self.options.allowed));
-                self.image(Image { file, storage: None, path: &path, format }, &place)
+                let image = Image { file, storage: None, name, path: &path, format, spec: None };
+                self.image(image, &place)
             }
             Place::Elsewhere(gate) => {
                 let file = gate.open(request)?;
                 let path = path.with_file_name(name);
                 let format = below_format(&*file, &path, name, format)?;
-                self.image(Image { file, storage: None, path: &path, format }, place)
+                let image = Image { file, storage: None, name, path: &path, format, spec: None };
+                self.image(image, place)
             }
         }
     }
+}
+
+/// What an image asks to be based on.
+struct Wanted<'a> {
+    /// Its names, in the order in which they are to be tried.
+    names: Vec<&'a str>,
+    role: &'a str,
+    format: Option<Format>,
+    /// It may be outside of the image's folder, for users who say so.
+    anywhere: bool,
+}
+
+/// Stands for a parent that nobody wants to open.
+fn nothing() -> Arc<dyn BlockDevice> {
+    Arc::new(MemoryDevice::read_only(Vec::new()))
+}
+
+/// The part of a raw file that is the disk.
+fn part_of(file: Arc<dyn BlockDevice>, part: SliceOf, path: &Path) -> Result<Arc<dyn BlockDevice>> {
+    let rest = file.size().checked_sub(part.offset).ok_or_else(|| {
+        Error::usage(format!("offset {} is past the file's {} bytes", part.offset, file.size()))
+            .in_file(path)
+    })?;
+    let span = Span::new(part.offset, part.size.unwrap_or(rest));
+    Ok(Arc::new(Slice::new(file, span).map_err(|error| error.in_file(path))?))
 }
 
 fn no_format(name: &str, hint: &str) -> Error {

@@ -58,6 +58,22 @@ impl FolderGate {
         Ok(file)
     }
 
+    /// Opens what an image is based on, wherever it is: a regular file or block device.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Denied`] for anything else, and for names that look like a protocol.
+    pub fn open_parent(&self, request: Request<'_>) -> Result<RawFile> {
+        check_name(request)?;
+        let whole = self.folder.join(request.name);
+        RawFile::open(&whole, access(request)).map_err(|error| match error.kind() {
+            ErrorKind::Unsupported => {
+                denied(request, "is neither a regular file nor a block device").because(error)
+            }
+            _ => error,
+        })
+    }
+
     /// Looks for `whole` in the folders that the user allowed.
     fn in_allowed(&self, whole: &Path, request: Request<'_>) -> Result<File> {
         if self.allowed.is_empty() {

@@ -1,18 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The one door to all disk formats: probe and open by name.
 //!
-//! [`open`] turns a path into a disk with its whole backing chain. What images ask for by
+//! [`open`] turns a path, and [`open_spec`] whatever QEMU's tools take as a name, into a disk with its whole backing chain. What images ask for by
 //! name goes through a [`FolderGate`], and a backing file is opened in the format that
 //! the image names for it: a format that was guessed could have been chosen by a guest.
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
 mod chain;
+mod create;
 mod format;
 mod gate;
+mod layer;
+mod null;
 mod probe;
+mod secrets;
+mod spec;
 
-pub use chain::{OpenOptions, Opened, open, open_device};
+pub use chain::{OpenOptions, Trust, open, open_device, open_spec};
+pub use create::{Create, create, create_in};
 pub use format::Format;
 pub use gate::FolderGate;
+pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
+pub use secrets::Secrets;
+pub use spec::{Below, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How users name images: by a path, a URI, a `json:` text or a list of options.
+//!
+//! The syntax is QEMU's (`qemu-img(1)`, "block device options"), as far as there is
+//! something here to be named with it. Only users name images in this way: a name inside
+//! an image is a [`tranship_block::Request`] and never gets here.
+
+mod nested;
+
+use crate::Format;
+use nested::Nested;
+use std::path::{Path, PathBuf};
+use tranship_block::{Error, Result};
+
+/// An image as its user names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// The name as it was given, for messages.
+    pub name: String,
+    /// Where the bytes of its file are.
+    pub place: Place,
+    /// Its format; to be guessed if it is not given.
+    pub format: Option<Format>,
+    /// The part of the file that is the disk; for raw disks only.
+    pub slice: Option<SliceOf>,
+    /// What the image is based on.
+    pub backing: Below,
+    /// Id of the secret with its passphrase.
+    pub key_secret: Option<String>,
+    /// Which of its two sizes a VHD has.
+    pub vpc_size: Option<VpcSize>,
+}
+
+/// Where the bytes of an image's file are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// A file or block device.
+    File(PathBuf),
+    /// An export of an NBD server.
+    Nbd(NbdAddress),
+    /// Nowhere: zeroes, and what is written is lost (QEMU's `null-co`).
+    Null {
+        /// Bytes.
+        size: u64,
+    },
+}
+
+/// Where an NBD export is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NbdAddress {
+    /// The server.
+    pub server: NbdServer,
+    /// Name of the export, often empty.
+    pub export: String,
+    /// Whether the connection must be encrypted (`nbds:`).
+    pub tls: bool,
+}
+
+/// How an NBD server is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdServer {
+    /// Through a Unix socket.
+    Unix(PathBuf),
+    /// Through TCP.
+    Tcp {
+        /// Name or address, without brackets.
+        host: String,
+        /// Port, 10809 if it is not given.
+        port: u16,
+    },
+}
+
+/// A part of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SliceOf {
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes; to the end if it is not given.
+    pub size: Option<u64>,
+}
+
+/// What an image is based on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Below {
+    /// What the image itself asks for.
+    AsTheImageSays,
+    /// Nothing, whatever the image asks for.
+    Nothing,
+    /// This.
+    Given(Box<Spec>),
+}
+
+/// Which of its two sizes a VHD has (QEMU's `force_size_calc`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VpcSize {
+    /// That of its geometry.
+    Chs,
+    /// That in the field "current size".
+    CurrentSize,
+}
+
+/// The port that NBD servers listen on.
+const NBD_PORT: u16 = 10_809;
+
+impl Spec {
+    /// The image in the file or block device at `path`, whatever its name looks like.
+    pub fn from_path(path: &Path) -> Self {
+        Self::at(path.display().to_string(), Place::File(path.to_owned()))
+    }
+
+    fn at(name: String, place: Place) -> Self {
+        Self {
+            name,
+            place,
+            format: None,
+            slice: None,
+            backing: Below::AsTheImageSays,
+            key_secret: None,
+            vpc_size: None,
+        }
+    }
+
+    /// The image that `name` means: a path, `json:{…}`, `file:…`, `nbd:…` or a URI of NBD.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Usage`] for text that is none of these, and
+    /// [`tranship_block::ErrorKind::Unsupported`] for other protocols.
+    pub fn from_name(name: &str) -> Result<Self> {
+        if let Some(text) = name.strip_prefix("json:") {
+            let nested = Nested::from_json(text)?;
+            return Self::from_nested(nested, name);
+        }
+        let Some((protocol, rest)) = split_protocol(name) else {
+            return Ok(Self::at(name.to_owned(), Place::File(PathBuf::from(name))));
+        };
+        let place = match protocol {
+            "file" => Place::File(PathBuf::from(rest)),
+            "nbd" | "nbds" | "nbd+tcp" | "nbds+tcp" | "nbd+unix" | "nbds+unix" => {
+                Place::Nbd(nbd_address(protocol, rest)?)
+            }
+            other => {
+                return Err(Error::unsupported(format!(
+                    "unknown protocol '{other}' in {name:?}; a file of this name is reached as \"./{name}\""
+                )));
+            }
+        };
+        Ok(Self::at(name.to_owned(), place))
+    }
+
+    /// The image that a list of options means: `driver=qcow2,file.filename=disk.img`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::from_name`].
+    pub fn from_options(text: &str) -> Result<Self> {
+        Self::from_nested(Nested::from_options(text)?, text)
+    }
+
+    /// The same image, taken as `format` unless its name says otherwise already.
+    #[must_use]
+    pub fn or_format(mut self, format: Option<Format>) -> Self {
+        self.format = self.format.or(format);
+        self
+    }
+
+    /// The path of its file, if it is in a file.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.place {
+            Place::File(path) => Some(path),
+            Place::Nbd(_) | Place::Null { .. } => None,
+        }
+    }
+
+    fn from_nested(mut options: Nested, name: &str) -> Result<Self> {
+        let driver = options.take("driver");
+        let spec = match driver.as_deref() {
+            Some("file" | "host_device") => {
+                options.take("locking");
+                options.take("aio");
+                let path = options
+                    .take("filename")
+                    .ok_or_else(|| Error::usage("block driver 'file' needs option 'filename'"))?;
+                let path = path.strip_prefix("file:").unwrap_or(&path).to_owned();
+                Self::at(name.to_owned(), Place::File(PathBuf::from(path)))
+            }
+            Some("nbd") => Self::at(name.to_owned(), Place::Nbd(nbd_options(&mut options)?)),
+            Some("null-co" | "null-aio") => {
+                let size = number(&mut options, "size")?.unwrap_or(1 << 30);
+                options.take("read-zeroes");
+                Self::at(name.to_owned(), Place::Null { size })
+            }
+            Some(format) => Self::formatted(&mut options, format, name)?,
+            None => match options.take("file.filename").or_else(|| options.take("filename")) {
+                Some(file) => {
+                    options.take("file.driver");
+                    Self { name: name.to_owned(), ..Self::from_name(&file)? }
+                }
+                None if options.has_below("file") => {
+                    let below = options.take_below("file");
+                    Self { name: name.to_owned(), ..Self::from_nested(below, name)? }
+                }
+                None => return Err(Error::usage(format!("{name:?} names no driver and no file"))),
+            },
+        };
+        options.take("read-only");
+        options.take("node-name");
+        match options.first_left() {
+            None => Ok(spec),
+            Some(key) => Err(Error::usage(format!(
+                "block driver '{}' does not support the option '{key}'",
+                driver.as_deref().unwrap_or("file")
+            ))),
+        }
+    }
+
+    /// An image format over something else.
+    fn formatted(options: &mut Nested, format: &str, name: &str) -> Result<Self> {
+        let format: Format = format.parse()?;
+        let file = match options.take("file") {
+            Some(file) => Self::from_name(&file)?,
+            None if options.has_below("file") => {
+                Self::from_nested(options.take_below("file"), name)?
+            }
+            None => {
+                return Err(Error::usage(format!("block driver '{format}' needs option 'file'")));
+            }
+        };
+        let mut spec = Self::at(name.to_owned(), file.place);
+        spec.slice = file.slice;
+        spec.format = Some(format);
+        if format == Format::Raw {
+            let (offset, size) = (number(options, "offset")?, number(options, "size")?);
+            if offset.is_some() || size.is_some() {
+                spec.slice = Some(SliceOf { offset: offset.unwrap_or(0), size });
+            }
+        }
+        if options.take_null("backing") {
+            spec.backing = Below::Nothing;
+        } else if let Some(backing) = options.take("backing") {
+            spec.backing = match backing.as_str() {
+                "" => Below::Nothing,
+                backing => Below::Given(Box::new(Self::from_name(backing)?)),
+            };
+        } else if options.has_below("backing") {
+            let below = options.take_below("backing");
+            spec.backing = Below::Given(Box::new(Self::from_nested(below, name)?));
+        }
+        spec.key_secret = options.take("key-secret").or_else(|| {
+            options.take("encrypt.format");
+            options.take("encrypt.key-secret")
+        });
+        if format == Format::Vpc {
+            spec.vpc_size = match options.take("force_size_calc").as_deref() {
+                None | Some("none") => None,
+                Some("chs") => Some(VpcSize::Chs),
+                Some("current_size") => Some(VpcSize::CurrentSize),
+                Some(other) => {
+                    return Err(Error::usage(format!(
+                        "force_size_calc is {other:?}, expected chs, current_size or none"
+                    )));
+                }
+            };
+        }
+        // Knobs of QEMU's caches: there is nothing here that they could tune.
+        for key in ["l2-cache-size", "refcount-cache-size", "cache-size", "cache-clean-interval"] {
+            options.take(key);
+        }
+        Ok(spec)
+    }
+}
+
+/// What stands before a colon that comes before any slash.
+fn split_protocol(name: &str) -> Option<(&str, &str)> {
+    let (protocol, rest) = name.split_once(':')?;
+    let is_protocol = !protocol.is_empty() && !protocol.contains('/');
+    is_protocol.then_some((protocol, rest))
+}
+
+fn number(options: &mut Nested, key: &str) -> Result<Option<u64>> {
+    let Some(text) = options.take(key) else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| {
+        Error::usage(format!("option '{key}' is {text:?}, expected a number of bytes"))
+    })
+}
+
+fn nbd_options(options: &mut Nested) -> Result<NbdAddress> {
+    options.take("server.type");
+    let path = options.take("server.path").or_else(|| options.take("path"));
+    let server = if let Some(path) = path {
+        NbdServer::Unix(PathBuf::from(path))
+    } else {
+        let host = options.take("server.host").or_else(|| options.take("host"));
+        let host = host.ok_or_else(|| Error::usage("NBD needs 'server.path' or 'server.host'"))?;
+        let port = options.take("server.port").or_else(|| options.take("port"));
+        NbdServer::Tcp { host, port: port.as_deref().map_or(Ok(NBD_PORT), port_of)? }
+    };
+    let export = options.take("export").unwrap_or_default();
+    Ok(NbdAddress { server, export, tls: options.take("tls-creds").is_some() })
+}
+
+fn port_of(text: &str) -> Result<u16> {
+    text.parse().map_err(|_| Error::usage(format!("port is {text:?}, expected 1 to 65535")))
+}
+
+/// `nbd:unix:PATH[:exportname=X]`, `nbd:HOST:PORT[:exportname=X]`, and the URIs.
+fn nbd_address(protocol: &str, rest: &str) -> Result<NbdAddress> {
+    let bad = |why: &str| Error::usage(format!("NBD address \"{protocol}:{rest}\" {why}"));
+    let tls = protocol.starts_with("nbds");
+    let Some(uri) = rest.strip_prefix("//") else {
+        let (place, export) = match rest.split_once(":exportname=") {
+            Some((place, export)) => (place, export),
+            None => (rest, ""),
+        };
+        let server = match place.strip_prefix("unix:") {
+            Some("") => return Err(bad("has no path")),
+            Some(path) => NbdServer::Unix(PathBuf::from(path)),
+            None => {
+                let (host, port) = place.rsplit_once(':').ok_or_else(|| bad("has no port"))?;
+                NbdServer::Tcp { host: bare(host).to_owned(), port: port_of(port)? }
+            }
+        };
+        return Ok(NbdAddress { server, export: export.to_owned(), tls });
+    };
+    let (uri, query) = uri.split_once('?').unwrap_or((uri, ""));
+    let (authority, export) = uri.split_once('/').unwrap_or((uri, ""));
+    let export = decoded(export).ok_or_else(|| bad("has a broken % sequence"))?;
+    let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
+    let server = if protocol.ends_with("+unix") {
+        let path = socket.ok_or_else(|| bad("has no socket=PATH"))?;
+        let path = decoded(path).ok_or_else(|| bad("has a broken % sequence"))?;
+        NbdServer::Unix(PathBuf::from(path))
+    } else {
+        let (host, port) = match authority.rsplit_once(':') {
+            // The last colon of a bare IPv6 address is not followed by a port.
+            Some((host, port)) if !port.ends_with(']') => (host, port_of(port)?),
+            _ => (authority, NBD_PORT),
+        };
+        if host.is_empty() {
+            return Err(bad("has no host"));
+        }
+        NbdServer::Tcp { host: bare(host).to_owned(), port }
+    };
+    Ok(NbdAddress { server, export, tls })
+}
+
+/// An IPv6 address without its brackets.
+fn bare(host: &str) -> &str {
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
+/// `%2F` becomes `/`; `None` for what is no UTF-8 or no hexadecimal number.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(if byte == b'%' {
+            let digits = [rest.next()?, rest.next()?];
+            u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+        } else {
+            byte
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
+#[cfg(test)]
+mod tests;
