@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The network block device protocol: a server for any [`tranship_block::BlockDevice`].
+//! The network block device protocol: a server for any [`tranship_block::BlockDevice`],
+//! and a client that makes one of an export.
 //!
-//! It speaks the fixed newstyle handshake with every option of the baseline, structured
+//! The server speaks the fixed newstyle handshake with every option of the baseline, structured
 //! replies and `base:allocation`, on a private Unix socket. The protocol is the one of
 //! the NBD project's `doc/proto.md`; comments cite its names.
 //!
@@ -11,6 +12,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod client;
 mod export;
 mod handshake;
 mod limits;
@@ -24,6 +26,7 @@ mod socket;
 mod transmission;
 mod wire;
 
+pub use client::{Address, ClientOptions, Remote};
 pub use export::{Export, Statistics};
 pub use limits::Limits;
 pub use server::{Running, Server};

@@ -41,6 +41,7 @@ pub(crate) mod option_reply {
     pub(crate) const META_CONTEXT: u32 = 4;
     pub(crate) const ERR_UNSUP: u32 = 0x8000_0001;
     pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
+    pub(crate) const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
 }
@@ -92,6 +93,8 @@ pub(crate) mod chunk {
     pub(crate) const OFFSET_HOLE: u16 = 2;
     pub(crate) const BLOCK_STATUS: u16 = 5;
     pub(crate) const ERROR: u16 = 0x8001;
+    /// Set in every kind that is an error, known or not.
+    pub(crate) const ERROR_BIT: u16 = 1 << 15;
     pub(crate) const ERROR_OFFSET: u16 = 0x8002;
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The server as its clients see it: raw sockets, and the tools that people use.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod client;
 mod handshake;
 mod oracle;
+mod remote;
 mod server;
 mod transmission;
