@@ -3,7 +3,7 @@
 
 use crate::layer::{Disk, Layer, Opened};
 use crate::null::NullDevice;
-use crate::spec::{Below, SliceOf, Spec};
+use crate::spec::{Below, NbdAddress, NbdServer, SliceOf, Spec};
 use crate::{FolderGate, Format, Secrets, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tranship_block::{
     BlockDevice, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span, Storage,
 };
+use tranship_nbd::{Address, ClientOptions, Remote};
 use tranship_qcow2::{Header, Qcow2};
 use tranship_raw::{Access, RawFile};
 use tranship_vmdk::{NO_PARENT, Parent, Vmdk};
@@ -172,11 +173,11 @@ impl<'a> Walk<'a> {
                 let file = Arc::new(NullDevice { size: *size });
                 (file.clone(), Some(file))
             }
-            crate::spec::Place::Nbd(_) => {
-                return Err(Error::unsupported(format!(
-                    "{}: disks of NBD servers cannot be opened yet",
-                    spec.name
-                )));
+            crate::spec::Place::Nbd(address) => {
+                let remote = Arc::new(
+                    connect(address, read_only).map_err(|error| error.in_file(&spec.name))?,
+                );
+                (remote.clone(), Some(remote))
             }
         };
         let format = match spec.format.or(format) {
@@ -378,6 +379,18 @@ struct Wanted<'a> {
 /// Stands for a parent that nobody wants to open.
 fn nothing() -> Arc<dyn BlockDevice> {
     Arc::new(MemoryDevice::read_only(Vec::new()))
+}
+
+fn connect(address: &NbdAddress, read_only: bool) -> Result<Remote> {
+    if address.tls {
+        return Err(Error::unsupported("NBD over TLS is not there yet"));
+    }
+    let server = match &address.server {
+        NbdServer::Unix(path) => Address::Unix(path.clone()),
+        NbdServer::Tcp { host, port } => Address::Tcp { host: host.clone(), port: *port },
+    };
+    let export = address.export.clone();
+    Remote::connect(&server, &ClientOptions { export, read_only, ..ClientOptions::default() })
 }
 
 /// The part of a raw file that is the disk.
