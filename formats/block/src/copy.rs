@@ -1,25 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Copying one device onto another: only what is there, with every core, restartable.
+//!
+//! The disk is cut into pieces at multiples of the chunk. Threads take them in ascending
+//! order, and each reads, looks for zeroes, hashes and writes its piece while the bytes
+//! are still in the processor's cache.
 
+mod job;
+mod packed;
+mod piece;
+mod runs;
+mod salvage;
+mod turn;
 mod work;
 
-use crate::{BlockDevice, Error, ErrorKind, Result, Span, Zeroing, is_zero};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use work::{Kind, Work};
+use crate::{BlockDevice, Error, HashedChunk, Result, Span};
+use job::Job;
+pub use packed::copy_packed;
+
+/// Bytes of the longest piece, so that memory stays bounded whatever is asked for.
+const LONGEST_CHUNK: u64 = 16 << 20;
+
+/// Larger blocks of a target are taken in parts: looking for zeroes in whole blocks of
+/// 32 MiB would find none.
+const LARGEST_BLOCK: u64 = 1 << 20;
 
 /// How to copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 pub struct CopyOptions {
     /// First byte to copy; everything below counts as done by an earlier run.
     pub start: u64,
     /// How many pieces are in flight at the same time; at least 1.
     pub threads: usize,
-    /// Bytes of one piece; rounded up to whole preferred blocks of the target.
+    /// Bytes of one piece; rounded up to whole preferred blocks of the target, and at most
+    /// 16 MiB.
     pub chunk: u64,
     /// The target reads as zero from `start` onward, so zeroes need not be written.
     pub target_is_zero: bool,
-    /// Looks for zeroes in the data, in blocks of the target.
-    pub detect_zeroes: bool,
+    /// Zeroes in the data that go on for at least this many bytes are left out, in whole
+    /// blocks of the target; 0 does not look for any.
+    pub zero_block: u64,
+    /// Every byte of the target gets storage, whether it is zero or not.
+    pub allocate: bool,
+    /// Extents that a layer deeper than this answers for are left alone: the target has
+    /// them from its own backing image.
+    pub deepest: Option<u32>,
+    /// Pieces are written in ascending order, one at a time.
+    pub ordered: bool,
+    /// Ranges of the source that cannot be read become zeroes, and are reported.
+    pub salvage: bool,
+    /// The kernel copies from file to file where nobody has to see the bytes: without
+    /// `zero_block`, `hash` and `salvage`.
+    pub offload: bool,
+    /// Bytes of a chunk of the manifest, of which the observer is told the hashes; `None`
+    /// hashes nothing.
+    pub hash: Option<u64>,
+    /// Neither disk is left in the page cache.
+    pub drop_cache: bool,
     /// Flushes the target and reports a checkpoint each time this many bytes more are
     /// done; 0 never does.
     pub checkpoint_every: u64,
@@ -29,13 +66,25 @@ impl Default for CopyOptions {
     fn default() -> Self {
         Self {
             start: 0,
-            threads: 4,
+            threads: default_threads(),
             chunk: 1 << 20,
             target_is_zero: false,
-            detect_zeroes: true,
+            zero_block: 4096,
+            allocate: false,
+            deepest: None,
+            ordered: false,
+            salvage: false,
+            offload: true,
+            hash: None,
+            drop_cache: false,
             checkpoint_every: 0,
         }
     }
+}
+
+/// One thread for each core, but more than four only fight for the same memory.
+pub(crate) fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).min(4)
 }
 
 /// What somebody who waits for a copy is told. Every call can come from any thread,
@@ -46,6 +95,16 @@ pub trait CopyObserver: Sync {
 
     /// Everything below `offset` is on stable storage: a copy may start again there.
     fn checkpoint(&self, _offset: u64) {}
+
+    /// A chunk that is not all zero has this hash. Chunks ascend, and those below a
+    /// checkpoint come before it.
+    fn hashed(&self, _chunk: HashedChunk) {}
+
+    /// `span` of the source could not be read and is zero in the target.
+    fn unreadable(&self, _span: Span, _error: &Error) {}
+
+    /// A chunk that does not have the hash that its manifest says.
+    fn mismatch(&self, _span: Span) {}
 
     /// Asked before each piece; once it is true the copy ends.
     fn is_cancelled(&self) -> bool {
@@ -66,13 +125,26 @@ pub struct Copied {
     /// Bytes that are zero and were not written: known so from the source's extents,
     /// found so in its data, or behind the source's end.
     pub bytes_zero: u64,
+    /// Bytes that the kernel copied from file to file.
+    pub bytes_offloaded: u64,
+    /// Bytes left to the target's backing image.
+    pub bytes_skipped: u64,
+    /// Bytes that could not be read, and count as zero.
+    pub bytes_unreadable: u64,
 }
 
 impl Copied {
     fn add(&mut self, other: Self) {
-        self.bytes_read = self.bytes_read.saturating_add(other.bytes_read);
-        self.bytes_written = self.bytes_written.saturating_add(other.bytes_written);
-        self.bytes_zero = self.bytes_zero.saturating_add(other.bytes_zero);
+        for (sum, more) in [
+            (&mut self.bytes_read, other.bytes_read),
+            (&mut self.bytes_written, other.bytes_written),
+            (&mut self.bytes_zero, other.bytes_zero),
+            (&mut self.bytes_offloaded, other.bytes_offloaded),
+            (&mut self.bytes_skipped, other.bytes_skipped),
+            (&mut self.bytes_unreadable, other.bytes_unreadable),
+        ] {
+            *sum = sum.saturating_add(more);
+        }
     }
 }
 
@@ -83,8 +155,9 @@ impl Copied {
 ///
 /// # Errors
 ///
-/// [`ErrorKind::Usage`] if the target is smaller than the source, or if `start` lies
-/// behind its end. [`ErrorKind::Cancelled`] if the observer said so. Otherwise the
+/// [`crate::ErrorKind::Usage`] if the target is smaller than the source, if `start` lies
+/// behind its end, or for options that contradict one another.
+/// [`crate::ErrorKind::Cancelled`] if the observer said so. Otherwise the
 /// failure with the lowest offset; its text tells the side, and its cause what happened.
 /// In every case the target holds what was done until then, and the last checkpoint
 /// stands.
@@ -94,7 +167,8 @@ pub fn copy(
     options: &CopyOptions,
     observer: &dyn CopyObserver,
 ) -> Result<Copied> {
-    let end = if options.target_is_zero { source.size() } else { target.size() };
+    let keeps_rest = options.target_is_zero && !options.allocate;
+    let end = if keeps_rest { source.size() } else { target.size() };
     if target.size() < source.size() {
         return Err(Error::usage(format!(
             "target has {} bytes, expected at least the source's {}",
@@ -102,201 +176,38 @@ pub fn copy(
             source.size()
         )));
     }
+    check(options, end)?;
+    let block = u64::from(target.preferred_block()).clamp(4096, LARGEST_BLOCK);
+    Job::new(source, target, options, observer, block, end).run_all()
+}
+
+fn check(options: &CopyOptions, end: u64) -> Result<()> {
     if options.start > end {
         return Err(Error::usage(format!("copy cannot start behind its end at byte {end}"))
             .at(options.start));
     }
-    let block = u64::from(target.preferred_block()).max(4096);
-    let chunk = options.chunk.max(1).checked_next_multiple_of(block).unwrap_or(block);
-    let job = Job {
-        source,
-        target,
-        options,
-        observer,
-        block,
-        chunk,
-        end,
-        work: Mutex::new(Work::new(Span::new(options.start, end.saturating_sub(options.start)))),
-        checkpoint: Mutex::new(options.start),
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..options.threads.max(1) {
-            scope.spawn(|| job.run());
+    if options.deepest.is_some() && (options.target_is_zero || options.hash.is_some()) {
+        return Err(Error::usage(
+            "a copy onto a backing image needs a target that shows it, and has no manifest",
+        ));
+    }
+    if let Some(chunk) = options.hash {
+        crate::manifest::check_chunk(chunk).map_err(|error| Error::usage(error.message()))?;
+        if !options.start.is_multiple_of(chunk) && options.start != end {
+            return Err(Error::usage(format!(
+                "copy with hashes starts in the middle of a chunk of {chunk} bytes"
+            ))
+            .at(options.start));
         }
-        job.run();
-    });
-    job.finish()
+    }
+    Ok(())
 }
 
-struct Job<'a> {
-    source: &'a dyn BlockDevice,
-    target: &'a dyn BlockDevice,
-    options: &'a CopyOptions,
-    observer: &'a dyn CopyObserver,
-    /// Zeroes are looked for in whole multiples of this.
-    block: u64,
-    chunk: u64,
-    end: u64,
-    work: Mutex<Work>,
-    /// Where the last checkpoint was; locked while one is made.
-    checkpoint: Mutex<u64>,
-}
-
-impl Job<'_> {
-    fn work(&self) -> MutexGuard<'_, Work> {
-        self.work.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes pieces in ascending order until there are no more or somebody failed.
-    fn run(&self) {
-        let mut buffer = Vec::new();
-        loop {
-            let piece = {
-                let mut work = self.work();
-                if !work.is_stopped() && self.observer.is_cancelled() {
-                    work.cancel();
-                }
-                work.next(self.source, self.chunk)
-            };
-            let Some((span, kind)) = piece else {
-                return;
-            };
-            match self.copy_piece(span, kind, &mut buffer) {
-                Ok(copied) => {
-                    let mut work = self.work();
-                    work.finish(span, copied);
-                    let done = self.options.start.saturating_add(work.bytes_done());
-                    self.observer.progress(done, self.end);
-                }
-                Err(error) => {
-                    self.work().fail(span, error);
-                    return;
-                }
-            }
-            if let Err(error) = self.checkpoint_if_due() {
-                self.work().fail(span, error);
-                return;
-            }
-        }
-    }
-
-    fn copy_piece(&self, span: Span, kind: Kind, buffer: &mut Vec<u8>) -> Result<Copied> {
-        if kind == Kind::Zero {
-            self.zero(span)?;
-            return Ok(Copied { bytes_zero: span.len, ..Copied::default() });
-        }
-        let len = usize::try_from(span.len)
-            .map_err(|_| Error::usage("chunk does not fit into memory").at(span.start))?;
-        buffer.resize(len, 0);
-        self.source
-            .read_at(buffer, span.start)
-            .map_err(|error| failed("reading the source failed", span, error))?;
-        let mut copied = Copied { bytes_read: span.len, ..Copied::default() };
-        if !self.options.detect_zeroes {
-            self.write(buffer, span)?;
-            copied.bytes_written = span.len;
-            return Ok(copied);
-        }
-        let mut rest = buffer.as_slice();
-        let mut at = span.start;
-        while !rest.is_empty() {
-            let (run, zero) = self.run_of_blocks(rest, at);
-            let Some((bytes, tail)) = rest.split_at_checked(run) else { break };
-            let part = Span::new(at, u64::try_from(run).unwrap_or(u64::MAX));
-            if zero {
-                self.zero(part)?;
-                copied.bytes_zero = copied.bytes_zero.saturating_add(part.len);
-            } else {
-                self.write(bytes, part)?;
-                copied.bytes_written = copied.bytes_written.saturating_add(part.len);
-            }
-            rest = tail;
-            at = part.end();
-        }
-        Ok(copied)
-    }
-
-    /// How many bytes from the start of `bytes`, at `offset` of the target, lie in blocks
-    /// that are all zero or all not, and which of the two.
-    fn run_of_blocks(&self, bytes: &[u8], offset: u64) -> (usize, bool) {
-        let mut run = 0usize;
-        let mut kind = None;
-        let mut at = offset;
-        while let Some(rest) = bytes.get(run..).filter(|rest| !rest.is_empty()) {
-            let into_block = at.checked_rem(self.block).unwrap_or(0);
-            let to_end = usize::try_from(self.block.saturating_sub(into_block));
-            let block = rest.get(..to_end.unwrap_or(usize::MAX)).unwrap_or(rest);
-            let zero = is_zero(block);
-            if *kind.get_or_insert(zero) != zero {
-                break;
-            }
-            run = run.saturating_add(block.len());
-            at = at.saturating_add(u64::try_from(block.len()).unwrap_or(u64::MAX));
-        }
-        (run, kind.unwrap_or(false))
-    }
-
-    fn write(&self, bytes: &[u8], span: Span) -> Result<()> {
-        self.target
-            .write_at(bytes, span.start)
-            .map_err(|error| failed("writing the target failed", span, error))
-    }
-
-    fn zero(&self, span: Span) -> Result<()> {
-        if self.options.target_is_zero {
-            return Ok(());
-        }
-        self.target
-            .write_zeroes(span, Zeroing::MayUnmap)
-            .map_err(|error| failed("zeroing the target failed", span, error))
-    }
-
-    /// Makes a checkpoint if enough is done and nobody else is at it.
-    fn checkpoint_if_due(&self) -> Result<()> {
-        let every = self.options.checkpoint_every;
-        if every == 0 {
-            return Ok(());
-        }
-        let Ok(mut last) = self.checkpoint.try_lock() else {
-            return Ok(());
-        };
-        let done = self.work().low_watermark();
-        if done.saturating_sub(*last) < every {
-            return Ok(());
-        }
-        self.make_checkpoint(&mut last, done)
-    }
-
-    /// Flushes and reports `done`, which must have been finished before the flush.
-    fn make_checkpoint(&self, last: &mut u64, done: u64) -> Result<()> {
-        self.target.flush().map_err(|error| {
-            Error::new(error.kind(), "flushing the target failed").because(error)
-        })?;
-        if self.options.checkpoint_every > 0 && done > *last {
-            let _quiet = self.work();
-            self.observer.checkpoint(done);
-            *last = done;
-        }
-        Ok(())
-    }
-
-    /// The end of a copy, good or bad; all threads are gone.
-    fn finish(self) -> Result<Copied> {
-        let work = self.work();
-        let done = work.low_watermark();
-        drop(work);
-        let mut last = *self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
-        let flushed = self.make_checkpoint(&mut last, done);
-        let mut work = self.work();
-        match work.take_failure() {
-            // What stopped the copy is worth more than that the flush failed as well.
-            Some(failure) => Err(failure),
-            None if work.is_stopped() => {
-                Err(Error::new(ErrorKind::Cancelled, "copy was cancelled").at(done))
-            }
-            None => flushed.map(|()| work.copied()),
-        }
-    }
+/// The distance of the places where pieces end.
+fn grid(options: &CopyOptions, block: u64) -> u64 {
+    let unit = options.hash.unwrap_or(1).max(block);
+    let chunk = options.chunk.clamp(1, LONGEST_CHUNK);
+    chunk.checked_next_multiple_of(unit).unwrap_or(unit)
 }
 
 fn failed(what: &str, span: Span, cause: Error) -> Error {

@@ -4,6 +4,7 @@
 use crate::{Error, Extent, Result, Span};
 use std::fmt::Debug;
 use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// How a range is to be made zero.
@@ -13,6 +14,28 @@ pub enum Zeroing {
     MayUnmap,
     /// Storage must stay reserved; the range must read as zero.
     KeepAllocated,
+}
+
+/// Guest bytes that lie in a file as they are, for copies inside the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct FileRange<'a> {
+    /// The open file; its own position is of no interest.
+    pub file: BorrowedFd<'a>,
+    /// Where the first byte lies in the file.
+    pub offset: u64,
+    /// How many bytes follow one another in the file; never 0.
+    pub len: u64,
+}
+
+/// What somebody is about to do with a range; a hint about caches, never about contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// It will be read soon, from front to back.
+    WillRead,
+    /// What was written there should be on its way to the disk from now on.
+    StartWriteback,
+    /// Nobody will look at it again.
+    DropCache,
 }
 
 /// Random-access storage of fixed size, shared freely between threads.
@@ -117,6 +140,28 @@ pub trait BlockDevice: Debug + Send + Sync {
     ///
     /// I/O errors. After a failed flush, data written before may be lost.
     fn flush(&self) -> Result<()>;
+
+    /// Where the bytes from `offset` onward lie in a file as they are, if they do.
+    ///
+    /// The answer holds until something is written to the range. `None` is always right.
+    fn file_range(&self, _offset: u64) -> Option<FileRange<'_>> {
+        None
+    }
+
+    /// Stores the bytes of `range` from `offset` onward without moving them through this
+    /// process. `false` says that it cannot be done: any part of the bytes may have been
+    /// stored, and the caller writes all of them in the usual way.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::write_at`].
+    fn write_from_file(&self, _offset: u64, _range: &FileRange<'_>) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Tells what is going to happen to `span`. Devices that can do nothing with it, or
+    /// fail to, do nothing.
+    fn advise(&self, _span: Span, _advice: Advice) {}
 }
 
 /// A device whose length can change: what an image format keeps its clusters in.
@@ -159,6 +204,13 @@ macro_rules! forward {
             fn discard(&self, span: Span) -> Result<()> { (**self).discard(span) }
             fn extent_at(&self, offset: u64) -> Result<Extent> { (**self).extent_at(offset) }
             fn flush(&self) -> Result<()> { (**self).flush() }
+            fn file_range(&self, offset: u64) -> Option<FileRange<'_>> {
+                (**self).file_range(offset)
+            }
+            fn write_from_file(&self, offset: u64, range: &FileRange<'_>) -> Result<bool> {
+                (**self).write_from_file(offset, range)
+            }
+            fn advise(&self, span: Span, advice: Advice) { (**self).advise(span, advice) }
         }
     )*};
 }

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod buffer;
 mod check;
 mod cipher;
 mod copy;
@@ -16,19 +17,27 @@ mod error;
 mod extent;
 mod fields;
 mod gate;
+mod manifest;
 mod memory;
 mod packed;
 mod slice;
+#[cfg(test)]
+mod testing;
 mod zero;
 
+pub use buffer::AlignedBuffer;
 pub use check::{CheckReport, Repair};
 pub use cipher::SectorCipher;
-pub use copy::{Copied, CopyObserver, CopyOptions, copy};
-pub use device::{BlockDevice, Storage, Zeroing};
+pub use copy::{Copied, CopyObserver, CopyOptions, copy, copy_packed};
+pub use device::{Advice, BlockDevice, FileRange, Storage, Zeroing};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind, Extents, Span};
 pub use fields::{BigEndian, LittleEndian};
 pub use gate::{DenyAll, Gate, Request};
+pub use manifest::{
+    Digest, HashedChunk, ManifestHeader, ManifestReader, ManifestSummary, ManifestWriter, Verified,
+    VerifyOptions, verify,
+};
 pub use memory::MemoryDevice;
 pub use packed::{Encoding, PackedTarget, PackedUnit};
 pub use slice::Slice;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A range of a device as a device of its own: a partition, a member of an archive.
 
-use crate::{BlockDevice, Error, Extent, Result, Span, Zeroing};
+use crate::{Advice, BlockDevice, Error, Extent, FileRange, Result, Span, Zeroing};
 use std::sync::Arc;
 
 /// The bytes `[start, start + len)` of another device.
@@ -82,6 +82,24 @@ impl BlockDevice for Slice {
 
     fn flush(&self) -> Result<()> {
         self.device.flush()
+    }
+
+    fn file_range(&self, offset: u64) -> Option<FileRange<'_>> {
+        let outer = self.outer(Span::new(offset, 1)).ok()?;
+        let range = self.device.file_range(outer.start)?;
+        let left = self.span.len.saturating_sub(offset);
+        Some(FileRange { len: range.len.min(left), ..range })
+    }
+
+    fn write_from_file(&self, offset: u64, range: &FileRange<'_>) -> Result<bool> {
+        let outer = self.outer(Span::new(offset, range.len))?;
+        self.device.write_from_file(outer.start, range)
+    }
+
+    fn advise(&self, span: Span, advice: Advice) {
+        if let Ok(outer) = self.outer(span) {
+            self.device.advise(outer, advice);
+        }
     }
 }
 

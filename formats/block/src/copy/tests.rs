@@ -3,9 +3,10 @@
 #![allow(clippy::arithmetic_side_effects, reason = "the numbers are the test's own")]
 
 use super::*;
-use crate::{Extent, ExtentKind, MemoryDevice};
+use crate::{Error, ErrorKind, Extent, ExtentKind, MemoryDevice, Zeroing};
 use proptest::prelude::*;
 use std::error::Error as _;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// A target whose writes are lost in a power cut until they are flushed, and which fails
@@ -145,7 +146,8 @@ fn only_data_is_read_and_only_data_is_written() {
     let target = Fragile::new(vec![0; bytes.len()], u64::MAX);
     let options = CopyOptions { target_is_zero: true, ..CopyOptions::default() };
     let copied = copy(&source, &target, &options, &()).unwrap();
-    let expected = Copied { bytes_read: 12288, bytes_written: 12288, bytes_zero: 20480 };
+    let expected =
+        Copied { bytes_read: 12288, bytes_written: 12288, bytes_zero: 20480, ..Copied::default() };
     assert_eq!(copied, expected);
     assert_eq!(target.zeroed.load(Ordering::SeqCst), 0);
     assert_eq!(*target.durable.lock().unwrap(), bytes);
@@ -157,9 +159,9 @@ fn zeroes_in_data_are_found_and_what_was_there_before_goes() {
     let source = AllData(MemoryDevice::new(bytes.clone()));
     let mut expected = bytes.clone();
     expected.resize(30_000, 0);
-    for (detect_zeroes, bytes_written) in [(true, 2 * 4096 + 100), (false, 16_484)] {
+    for (zero_block, bytes_written) in [(4096, 3 * 4096), (0, 5 * 4096)] {
         let target = Fragile::new(vec![0xee; 30_000], u64::MAX);
-        let options = CopyOptions { detect_zeroes, ..CopyOptions::default() };
+        let options = CopyOptions { zero_block, ..CopyOptions::default() };
         let copied = copy(&source, &target, &options, &()).unwrap();
         assert_eq!((copied.bytes_read, copied.bytes_written), (16_484, bytes_written));
         assert_eq!(copied.bytes_zero, 30_000 - bytes_written);
@@ -307,7 +309,8 @@ proptest! {
         chunk in prop::sample::select(vec![1u64, 4096, 12_288, 1 << 20]),
         threads in 1usize..4,
         target_is_zero: bool,
-        detect_zeroes: bool,
+        ordered: bool,
+        zero_block in prop::sample::select(vec![0u64, 1, 4096, 10_000]),
         every in 1u64..50_000,
         failures in prop::collection::vec(0u64..60, 0..6),
     ) {
@@ -319,7 +322,9 @@ proptest! {
         for fail_at in failures.into_iter().chain([u64::MAX]) {
             let target = Fragile::new(contents.clone(), fail_at);
             let options = CopyOptions {
-                start, threads, chunk, target_is_zero, detect_zeroes, checkpoint_every: every,
+                start, threads, chunk, target_is_zero, zero_block, ordered,
+                checkpoint_every: every,
+                ..CopyOptions::default()
             };
             let watcher = Watcher { checkpoint: AtomicU64::new(start), ..Watcher::default() };
             let result = copy(&source, &target, &options, &watcher);

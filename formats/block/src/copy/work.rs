@@ -3,32 +3,80 @@
 //! disk's, and the books about what is finished.
 
 use super::Copied;
-use crate::{BlockDevice, Error, Extent, Result, Span};
-use std::collections::BTreeSet;
+use crate::{BlockDevice, Error, ErrorKind, HashedChunk, Result, Span};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-/// Neighbouring extents are joined up to this many bytes; also the longest piece of zeroes.
+/// The longest piece of zeroes.
 const LONGEST_RUN: u64 = 256 << 20;
 
-/// What has to be done with a piece.
+/// What has to be done with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Read it and write it.
     Data,
     /// Make it zero.
     Zero,
+    /// Leave it alone.
+    Skip,
+}
+
+/// Neighbouring bytes of the same kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) span: Span,
+    pub(super) kind: Kind,
+}
+
+impl Run {
+    pub(super) fn new(start: u64, end: u64, kind: Kind) -> Self {
+        Self { span: Span::new(start, end.saturating_sub(start)), kind }
+    }
+}
+
+/// What one thread does at a time: runs that follow one another without a gap. All but
+/// single runs of zeroes or skipped bytes fit into a chunk.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Piece {
+    pub(super) runs: Vec<Run>,
+}
+
+impl Piece {
+    pub(super) fn span(&self) -> Span {
+        match (self.runs.first(), self.runs.last()) {
+            (Some(first), Some(last)) => {
+                let start = first.span.start;
+                Span::new(start, last.span.end().saturating_sub(start))
+            }
+            _ => Span::new(0, 0),
+        }
+    }
+}
+
+/// How the disk is cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Plan {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// Pieces end at multiples of this, wherever the copy began.
+    pub(super) grid: u64,
+    pub(super) deepest: Option<u32>,
+    /// Zeroes are read and written like any other bytes.
+    pub(super) zeroes_are_data: bool,
+    pub(super) salvage: bool,
 }
 
 #[derive(Debug)]
 pub(super) struct Work {
-    /// Not looked at yet.
-    unplanned: Span,
-    /// The first extent of `unplanned`, if it was looked at already.
-    peeked: Option<Extent>,
-    /// The run that pieces are being cut from.
-    run: Span,
-    kind: Kind,
+    plan: Plan,
+    /// Everything below was taken.
+    next: u64,
+    /// What is known about the bytes from `next` to `known_end`, without a gap.
+    known: VecDeque<Run>,
+    known_end: u64,
     /// Starts of pieces that were taken and are not finished. A failed piece stays.
     in_flight: BTreeSet<u64>,
+    /// Hashes of finished pieces above one that is not.
+    hashes: BTreeMap<u64, Vec<HashedChunk>>,
     bytes_done: u64,
     copied: Copied,
     failure: Option<(u64, Error)>,
@@ -36,13 +84,14 @@ pub(super) struct Work {
 }
 
 impl Work {
-    pub(super) fn new(whole: Span) -> Self {
+    pub(super) fn new(plan: Plan) -> Self {
         Self {
-            unplanned: whole,
-            peeked: None,
-            run: Span::new(whole.start, 0),
-            kind: Kind::Zero,
+            plan,
+            next: plan.start,
+            known: VecDeque::new(),
+            known_end: plan.start,
             in_flight: BTreeSet::new(),
+            hashes: BTreeMap::new(),
             bytes_done: 0,
             copied: Copied::default(),
             failure: None,
@@ -51,71 +100,130 @@ impl Work {
     }
 
     /// The next piece; pieces ascend. `None` if there is none or the copy has stopped.
-    pub(super) fn next(&mut self, source: &dyn BlockDevice, chunk: u64) -> Option<(Span, Kind)> {
-        if self.stopped {
+    pub(super) fn next(&mut self, source: &dyn BlockDevice) -> Option<Piece> {
+        if self.stopped || self.next >= self.plan.end {
             return None;
         }
-        if self.run.is_empty()
-            && let Err(error) = self.plan(source)
-        {
-            let text = "finding the source's extents failed";
-            let at = self.unplanned.start;
-            let error = Error::new(error.kind(), text).at(at).because(error);
-            self.fail(Span::new(at, 0), error);
-            return None;
+        match self.cut(source) {
+            Ok(piece) => {
+                self.in_flight.insert(self.next);
+                self.next = piece.span().end();
+                Some(piece)
+            }
+            Err(error) => {
+                let text = "finding the source's extents failed";
+                let at = self.known_end;
+                let error = Error::new(error.kind(), text).at(at).because(error);
+                self.fail(Span::new(at, 0), error);
+                None
+            }
         }
-        if self.run.is_empty() {
-            return None;
-        }
-        let grid = if self.kind == Kind::Data { chunk } else { LONGEST_RUN };
-        let start = self.run.start;
-        // Pieces end at multiples of the grid, wherever the copy began.
-        let to_grid = grid.saturating_sub(start.checked_rem(grid).unwrap_or(0));
-        let piece = Span::new(start, self.run.len.min(to_grid));
-        self.run = Span::new(piece.end(), self.run.len.saturating_sub(piece.len));
-        self.in_flight.insert(piece.start);
-        Some((piece, self.kind))
     }
 
-    /// Moves the next run from `unplanned` to `run`.
-    fn plan(&mut self, source: &dyn BlockDevice) -> Result<()> {
-        let end = self.unplanned.end();
-        let start = self.unplanned.start;
-        let mut at = start;
-        let mut kind = None;
-        while at < end && at.saturating_sub(start) < LONGEST_RUN {
-            let (next, len) = if at >= source.size() {
-                (Kind::Zero, end.saturating_sub(at))
-            } else {
-                let extent = match self.peeked.take() {
-                    Some(extent) => extent,
-                    None => source.extent_at(at)?,
-                };
-                if extent.len == 0 {
-                    return Err(Error::corrupt("device reported an empty extent").at(at));
-                }
-                let next = if extent.kind.reads_zero() { Kind::Zero } else { Kind::Data };
-                if kind.is_some_and(|kind| kind != next) {
-                    self.peeked = Some(extent);
-                    break;
-                }
-                (next, extent.len.min(source.size().saturating_sub(at)))
-            };
-            if *kind.get_or_insert(next) != next {
-                break;
+    fn cut(&mut self, source: &dyn BlockDevice) -> Result<Piece> {
+        let Plan { end, grid, .. } = self.plan;
+        let start = self.next;
+        self.know(source, start.saturating_add(1))?;
+        let single = self.known.front().filter(|run| run.kind != Kind::Data).copied();
+        if single.is_some() {
+            let far = start.saturating_add(LONGEST_RUN).min(end);
+            while self.known.len() == 1 && self.known_end < far {
+                self.know(source, self.known_end.saturating_add(1))?;
             }
-            at = at.saturating_add(len).min(end);
+            let run_end = self.known.front().map_or(start, |run| run.span.end()).min(far);
+            let cut = if run_end == end { end } else { floor(run_end, grid) };
+            if cut > start {
+                return Ok(self.take(cut));
+            }
         }
-        self.kind = kind.unwrap_or(Kind::Zero);
-        self.run = Span::new(start, at.saturating_sub(start));
-        self.unplanned = Span::new(at, end.saturating_sub(at));
+        let cut = floor(start, grid).saturating_add(grid).min(end);
+        self.know(source, cut)?;
+        Ok(self.take(cut))
+    }
+
+    /// Asks for extents until everything below `to` is known.
+    fn know(&mut self, source: &dyn BlockDevice, to: u64) -> Result<()> {
+        let to = to.min(self.plan.end);
+        while self.known_end < to {
+            let at = self.known_end;
+            let (kind, len) = self.ask(source, at)?;
+            let end = at.saturating_add(len).min(self.plan.end);
+            match self.known.back_mut() {
+                Some(last) if last.kind == kind => {
+                    last.span.len = end.saturating_sub(last.span.start);
+                }
+                _ => self.known.push_back(Run::new(at, end, kind)),
+            }
+            self.known_end = end;
+        }
         Ok(())
     }
 
-    pub(super) fn finish(&mut self, piece: Span, copied: Copied) {
+    fn ask(&self, source: &dyn BlockDevice, at: u64) -> Result<(Kind, u64)> {
+        let size = source.size();
+        if at >= size {
+            return Ok((Kind::Zero, u64::MAX));
+        }
+        let extent = match source.extent_at(at) {
+            Ok(extent) if extent.len == 0 => {
+                Err(Error::corrupt("device reported an empty extent").at(at))
+            }
+            other => other,
+        };
+        match extent {
+            Ok(extent) => {
+                let kind = if self.plan.deepest.is_some_and(|deepest| extent.depth > deepest) {
+                    Kind::Skip
+                } else if extent.kind.reads_zero() && !self.plan.zeroes_are_data {
+                    Kind::Zero
+                } else {
+                    Kind::Data
+                };
+                Ok((kind, extent.len.min(size.saturating_sub(at))))
+            }
+            // Reading will tell which bytes can be had nevertheless.
+            Err(error) if self.plan.salvage && is_damage(&error) => {
+                let to_grid = floor(at, self.plan.grid).saturating_add(self.plan.grid);
+                Ok((Kind::Data, to_grid.min(size).saturating_sub(at).max(1)))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes what is known below `cut`.
+    fn take(&mut self, cut: u64) -> Piece {
+        let mut piece = Piece::default();
+        while let Some(run) = self.known.pop_front() {
+            if run.span.end() > cut {
+                self.known.push_front(Run::new(cut, run.span.end(), run.kind));
+                if run.span.start < cut {
+                    piece.runs.push(Run::new(run.span.start, cut, run.kind));
+                }
+                break;
+            }
+            piece.runs.push(run);
+        }
+        piece
+    }
+
+    /// Notes that a piece is done; `tell` gets the hashes whose turn it is.
+    pub(super) fn finish(
+        &mut self,
+        piece: Span,
+        copied: Copied,
+        hashes: Vec<HashedChunk>,
+        mut tell: impl FnMut(HashedChunk),
+    ) {
         self.in_flight.remove(&piece.start);
         self.bytes_done = self.bytes_done.saturating_add(piece.len);
         self.copied.add(copied);
+        if !hashes.is_empty() {
+            self.hashes.insert(piece.start, hashes);
+        }
+        let done = self.low_watermark();
+        while let Some(entry) = self.hashes.first_entry().filter(|entry| *entry.key() < done) {
+            entry.remove().into_iter().for_each(&mut tell);
+        }
     }
 
     /// Stops the copy. Pieces below that are still in flight go on, so that the failure
@@ -135,6 +243,11 @@ impl Work {
         self.stopped
     }
 
+    /// How many pieces have hashes that wait for one below them.
+    pub(super) fn waiting(&self) -> usize {
+        self.hashes.len()
+    }
+
     pub(super) fn take_failure(&mut self) -> Option<Error> {
         self.failure.take().map(|(_, error)| error)
     }
@@ -149,7 +262,16 @@ impl Work {
 
     /// Everything below this offset is finished.
     pub(super) fn low_watermark(&self) -> u64 {
-        let planned = if self.run.is_empty() { self.unplanned.start } else { self.run.start };
-        self.in_flight.first().copied().unwrap_or(planned)
+        self.in_flight.first().copied().unwrap_or(self.next)
     }
+}
+
+/// `value` rounded down to a multiple of `unit`.
+pub(super) fn floor(value: u64, unit: u64) -> u64 {
+    value.saturating_sub(value.checked_rem(unit).unwrap_or(0))
+}
+
+/// Whether the disk itself is the reason, so that other ranges may still be readable.
+pub(super) fn is_damage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt)
 }

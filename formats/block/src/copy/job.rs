@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The threads of a copy, and what they share.
+
+use super::piece::Done;
+use super::turn::Turn;
+use super::work::{Piece, Plan, Work};
+use super::{Copied, CopyObserver, CopyOptions, grid};
+use crate::{Advice, AlignedBuffer, BlockDevice, Error, ErrorKind, Result, Span};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+/// Bytes after which the page cache is told what became of them.
+const CACHE_WINDOW: u64 = 32 << 20;
+
+/// Pieces with hashes that may wait for a slower one below them.
+const MOST_WAITING: usize = 4096;
+
+pub(super) struct Job<'a> {
+    pub(super) source: &'a dyn BlockDevice,
+    pub(super) target: &'a dyn BlockDevice,
+    pub(super) options: &'a CopyOptions,
+    observer: &'a dyn CopyObserver,
+    /// Data is written in whole multiples of this.
+    pub(super) block: u64,
+    plan: Plan,
+    work: Mutex<Work>,
+    /// Told when a piece is finished.
+    finished: Condvar,
+    /// Where the last checkpoint was; locked while one is made.
+    checkpoint: Mutex<u64>,
+    /// Up to where the page cache was told.
+    behind: Mutex<u64>,
+    pub(super) turn: Option<Turn>,
+    /// Whether the kernel copies for us; cleared when it turns out not to.
+    pub(super) offload: AtomicBool,
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn new(
+        source: &'a dyn BlockDevice,
+        target: &'a dyn BlockDevice,
+        options: &'a CopyOptions,
+        observer: &'a dyn CopyObserver,
+        block: u64,
+        end: u64,
+    ) -> Self {
+        let block = if block.is_power_of_two() { block } else { 4096 };
+        let CopyOptions { start, deepest, salvage, .. } = *options;
+        let grid = grid(options, block);
+        let plan = Plan { start, end, grid, deepest, zeroes_are_data: false, salvage };
+        let offload =
+            options.offload && options.zero_block == 0 && options.hash.is_none() && !salvage;
+        Self {
+            source,
+            target,
+            options,
+            observer,
+            block,
+            plan,
+            work: Mutex::new(Work::new(plan)),
+            finished: Condvar::new(),
+            checkpoint: Mutex::new(start),
+            behind: Mutex::new(start),
+            turn: options.ordered.then(|| Turn::new(start)),
+            offload: AtomicBool::new(offload),
+        }
+    }
+
+    /// Copies everything.
+    pub(super) fn run_all(self) -> Result<Copied> {
+        self.source.advise(self.whole(), Advice::WillRead);
+        std::thread::scope(|scope| {
+            for _ in 1..self.options.threads.max(1) {
+                scope.spawn(|| self.run());
+            }
+            self.run();
+        });
+        self.end()
+    }
+
+    fn whole(&self) -> Span {
+        Span::new(self.plan.start, self.plan.end.saturating_sub(self.plan.start))
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<Piece> {
+        let mut work = self.work();
+        while work.waiting() > MOST_WAITING && !work.is_stopped() {
+            work = self.finished.wait(work).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !work.is_stopped() && self.observer.is_cancelled() {
+            work.cancel();
+        }
+        work.next(self.source)
+    }
+
+    /// Takes pieces in ascending order until there are no more or somebody failed.
+    fn run(&self) {
+        let len = usize::try_from(self.plan.grid).unwrap_or(usize::MAX);
+        let mut buffer = AlignedBuffer::new(len);
+        while let Some(piece) = self.take() {
+            let span = piece.span();
+            let result = match self.copy_piece(&piece, &mut buffer) {
+                // Somebody below has failed: this piece will never have its turn.
+                Ok(None) => return,
+                Ok(Some(done)) => {
+                    self.finish(span, done);
+                    self.checkpoint_if_due()
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = result {
+                self.work().fail(span, error);
+                self.finished.notify_all();
+                if let Some(turn) = &self.turn {
+                    turn.close();
+                }
+                return;
+            }
+            self.tend_cache();
+        }
+    }
+
+    fn finish(&self, span: Span, done: Done) {
+        let mut work = self.work();
+        for (span, error) in &done.unreadable {
+            self.observer.unreadable(*span, error);
+        }
+        work.finish(span, done.copied, done.hashes, |chunk| self.observer.hashed(chunk));
+        let done = self.options.start.saturating_add(work.bytes_done());
+        self.observer.progress(done, self.plan.end);
+        drop(work);
+        self.finished.notify_all();
+    }
+
+    /// Makes a checkpoint if enough is done and nobody else is at it.
+    fn checkpoint_if_due(&self) -> Result<()> {
+        let every = self.options.checkpoint_every;
+        if every == 0 {
+            return Ok(());
+        }
+        let Ok(mut last) = self.checkpoint.try_lock() else {
+            return Ok(());
+        };
+        let done = self.work().low_watermark();
+        if done.saturating_sub(*last) < every {
+            return Ok(());
+        }
+        self.make_checkpoint(&mut last, done)
+    }
+
+    /// Flushes and reports `done`, which must have been finished before the flush.
+    fn make_checkpoint(&self, last: &mut u64, done: u64) -> Result<()> {
+        self.target.flush().map_err(|error| {
+            Error::new(error.kind(), "flushing the target failed").because(error)
+        })?;
+        if self.options.checkpoint_every > 0 && done > *last {
+            let _quiet = self.work();
+            self.observer.checkpoint(done);
+            *last = done;
+        }
+        Ok(())
+    }
+
+    /// Drops what was read, starts writing what was written, and drops what was written
+    /// a window ago and so is on the disk by now.
+    fn tend_cache(&self) {
+        if !self.options.drop_cache {
+            return;
+        }
+        let Ok(mut behind) = self.behind.try_lock() else { return };
+        let done = self.work().low_watermark();
+        if done.saturating_sub(*behind) < CACHE_WINDOW {
+            return;
+        }
+        let window = Span::new(*behind, done.saturating_sub(*behind));
+        self.source.advise(window, Advice::DropCache);
+        self.target.advise(window, Advice::StartWriteback);
+        let before = Span::new(self.plan.start, behind.saturating_sub(self.plan.start));
+        self.target.advise(before, Advice::DropCache);
+        *behind = done;
+    }
+
+    /// The end of a copy, good or bad; all threads are gone.
+    fn end(self) -> Result<Copied> {
+        let done = self.work().low_watermark();
+        let mut last = *self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
+        let flushed = self.make_checkpoint(&mut last, done);
+        if self.options.drop_cache {
+            self.source.advise(self.whole(), Advice::DropCache);
+            self.target.advise(self.whole(), Advice::DropCache);
+        }
+        let mut work = self.work();
+        match work.take_failure() {
+            // What stopped the copy is worth more than that the flush failed as well.
+            Some(failure) => Err(failure),
+            None if work.is_stopped() => {
+                Err(Error::new(ErrorKind::Cancelled, "copy was cancelled").at(done))
+            }
+            None => flushed.map(|()| work.copied()),
+        }
+    }
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What one thread does with one piece.
+
+use super::job::Job;
+use super::runs::{find_zeroes, plan};
+use super::salvage::read_around_damage;
+use super::work::{Kind, Piece, Run};
+use super::{Copied, failed};
+use crate::manifest::hash_chunk;
+use crate::{BlockDevice, Error, FileRange, HashedChunk, Result, Span, Zeroing};
+use std::sync::atomic::Ordering;
+
+/// Bytes that are read before they are looked at: they are still in the core's own cache
+/// then.
+const STEP: usize = 256 << 10;
+
+/// A piece that is copied.
+#[derive(Debug, Default)]
+pub(super) struct Done {
+    pub(super) copied: Copied,
+    pub(super) hashes: Vec<HashedChunk>,
+    pub(super) unreadable: Vec<(Span, Error)>,
+}
+
+/// Reads with the error that a copy reports, or around damage if that is wanted.
+pub(super) struct Reader<'a> {
+    pub(super) source: &'a dyn BlockDevice,
+    /// What unreadable ranges are narrowed to, if they shall be survived.
+    pub(super) salvage: Option<u64>,
+}
+
+impl Reader<'_> {
+    /// Fills `buf`, with zeroes past the source's end.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64, done: &mut Done) -> Result<()> {
+        let left = self.source.size().saturating_sub(offset);
+        let there = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
+        let Some((buf, past)) = buf.split_at_mut_checked(there) else { return Ok(()) };
+        past.fill(0);
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let span = Span::new(offset, length(buf));
+        let read = match self.salvage {
+            Some(unit) => read_around_damage(self.source, buf, offset, unit, done),
+            None => self.source.read_at(buf, offset),
+        };
+        done.copied.bytes_read = done.copied.bytes_read.saturating_add(span.len);
+        read.map_err(|error| failed("reading the source failed", span, error))
+    }
+}
+
+/// The bytes of `span` in a buffer that begins with byte `start` of the disk.
+pub(super) fn part(buffer: &[u8], start: u64, span: Span) -> &[u8] {
+    let from = usize::try_from(span.start.saturating_sub(start)).unwrap_or(usize::MAX);
+    let len = usize::try_from(span.len).unwrap_or(usize::MAX);
+    buffer.get(from..).and_then(|tail| tail.get(..len)).unwrap_or_default()
+}
+
+fn part_mut(buffer: &mut [u8], start: u64, span: Span) -> &mut [u8] {
+    let from = usize::try_from(span.start.saturating_sub(start)).unwrap_or(usize::MAX);
+    let len = usize::try_from(span.len).unwrap_or(usize::MAX);
+    buffer.get_mut(from..).and_then(|tail| tail.get_mut(..len)).unwrap_or_default()
+}
+
+pub(super) fn length(bytes: &[u8]) -> u64 {
+    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
+}
+
+/// Reads the data of a piece into `buffer` and tells what is left to be written.
+pub(super) fn load(
+    reader: &Reader<'_>,
+    piece: &Piece,
+    buffer: &mut [u8],
+    block: u64,
+    zero_block: u64,
+    done: &mut Done,
+) -> Result<Vec<Run>> {
+    let start = piece.span().start;
+    let mut found = Vec::new();
+    for run in plan(piece, block, zero_block) {
+        if run.kind != Kind::Data {
+            found.push(run);
+            continue;
+        }
+        let mut at = run.span.start;
+        for bytes in part_mut(buffer, start, run.span).chunks_mut(STEP) {
+            let span = Span::new(at, length(bytes));
+            reader.read(bytes, at, done)?;
+            find_zeroes(&mut found, bytes, span, block, zero_block);
+            at = span.end();
+        }
+    }
+    Ok(found)
+}
+
+impl Job<'_> {
+    /// Copies a piece; `None` if its turn never came.
+    pub(super) fn copy_piece(&self, piece: &Piece, buffer: &mut [u8]) -> Result<Option<Done>> {
+        let span = piece.span();
+        let mut done = Done::default();
+        let options = self.options;
+        let reader = Reader {
+            source: self.source,
+            salvage: options.salvage.then_some(options.zero_block.clamp(512, 64 << 10)),
+        };
+        let single = matches!(piece.runs.as_slice(), [run] if run.kind != Kind::Data);
+        let offload = self.offload.load(Ordering::Relaxed);
+        let mut runs = if single {
+            piece.runs.clone()
+        } else if offload {
+            plan(piece, self.block, 0)
+        } else {
+            load(&reader, piece, buffer, self.block, options.zero_block, &mut done)?
+        };
+        if let Some(chunk) = options.hash.filter(|_| !single) {
+            done.hashes = self.hash(chunk, span, &runs, buffer);
+        }
+        if let Some(turn) = &self.turn
+            && !turn.wait(span)
+        {
+            return Ok(None);
+        }
+        for run in &mut runs {
+            if run.kind == Kind::Data && offload {
+                run.span = self.offload(run.span, &mut done)?;
+                for bytes in part_mut(buffer, span.start, run.span).chunks_mut(STEP) {
+                    reader.read(bytes, run.span.start, &mut done)?;
+                    let now = Span::new(run.span.start, length(bytes));
+                    self.write(bytes, now, &mut done)?;
+                    run.span = Span::new(now.end(), run.span.len.saturating_sub(now.len));
+                }
+                continue;
+            }
+            match run.kind {
+                Kind::Data => {
+                    self.write(part(buffer, span.start, run.span), run.span, &mut done)?;
+                }
+                Kind::Zero => self.zero(run.span, &mut done)?,
+                Kind::Skip => {
+                    let sum = &mut done.copied.bytes_skipped;
+                    *sum = sum.saturating_add(run.span.len);
+                }
+            }
+        }
+        if let Some(turn) = &self.turn {
+            turn.passed(span);
+        }
+        Ok(Some(done))
+    }
+
+    /// Lets the kernel copy as much of the front of `span` as it can, and returns the rest.
+    fn offload(&self, mut span: Span, done: &mut Done) -> Result<Span> {
+        while !span.is_empty() && self.offload.load(Ordering::Relaxed) {
+            let left = self.source.size().saturating_sub(span.start);
+            let Some(range) = self.source.file_range(span.start).filter(|_| left > 0) else {
+                break;
+            };
+            let len = range.len.min(span.len).min(left);
+            let copied = self
+                .target
+                .write_from_file(span.start, &FileRange { len, ..range })
+                .map_err(|error| failed("copying inside the kernel failed", span, error))?;
+            if !copied || len == 0 {
+                self.offload.store(false, Ordering::Relaxed);
+                break;
+            }
+            done.copied.bytes_offloaded = done.copied.bytes_offloaded.saturating_add(len);
+            span = Span::new(span.start.saturating_add(len), span.len.saturating_sub(len));
+        }
+        Ok(span)
+    }
+
+    fn write(&self, bytes: &[u8], span: Span, done: &mut Done) -> Result<()> {
+        done.copied.bytes_written = done.copied.bytes_written.saturating_add(span.len);
+        self.target
+            .write_at(bytes, span.start)
+            .map_err(|error| failed("writing the target failed", span, error))
+    }
+
+    fn zero(&self, span: Span, done: &mut Done) -> Result<()> {
+        done.copied.bytes_zero = done.copied.bytes_zero.saturating_add(span.len);
+        let mode = if self.options.allocate {
+            Zeroing::KeepAllocated
+        } else if self.options.target_is_zero {
+            return Ok(());
+        } else {
+            Zeroing::MayUnmap
+        };
+        self.target
+            .write_zeroes(span, mode)
+            .map_err(|error| failed("zeroing the target failed", span, error))
+    }
+
+    /// The hashes of a piece's chunks that are not all zero.
+    fn hash(&self, chunk: u64, piece: Span, runs: &[Run], buffer: &[u8]) -> Vec<HashedChunk> {
+        let end = piece.end().min(self.source.size());
+        let data = runs.iter().filter(|run| run.kind == Kind::Data).map(|run| run.span);
+        hash_chunk(chunk, Span::new(piece.start, end.saturating_sub(piece.start)), data, |span| {
+            part(buffer, piece.start, span)
+        })
+    }
+}
