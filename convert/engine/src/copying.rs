@@ -45,8 +45,8 @@ pub(crate) fn copy_disks(
             threads,
             chunk: 2 << 20,
             target_is_zero: true,
-            detect_zeroes: true,
             checkpoint_every: CHECKPOINT,
+            ..CopyOptions::default()
         };
         let begun = Instant::now();
         let copied = copy(overlay.as_ref(), device.as_ref(), &options, &observer)
