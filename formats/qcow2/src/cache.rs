@@ -46,6 +46,11 @@ impl<T: Clone> Cache<T> {
         Self { slots: HashMap::new(), order: BTreeMap::new(), clock: 0, capacity, dirty: 0 }
     }
 
+    /// Tables that it holds at least.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     pub(crate) fn get(&mut self, offset: u64) -> Option<Arc<T>> {
         let slot = self.slots.get_mut(&offset)?;
         self.clock = self.clock.saturating_add(1);

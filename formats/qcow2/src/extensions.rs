@@ -6,8 +6,9 @@ use tranship_block::{BigEndian, Error, Result};
 
 const END: u32 = 0;
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
-const FEATURE_NAMES: u32 = 0x6803_f857;
-const DATA_FILE: u32 = 0x4441_5441;
+pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
+const LUKS_HEADER: u32 = 0x0537_be77;
+pub(crate) const DATA_FILE: u32 = 0x4441_5441;
 
 /// Longest name of a backing format that QEMU accepts.
 const LONGEST_FORMAT: usize = 15;
@@ -17,6 +18,8 @@ const LONGEST_FORMAT: usize = 15;
 pub(crate) struct Extensions {
     pub(crate) backing_format: Option<String>,
     pub(crate) data_file: Option<String>,
+    /// Offset and length of the LUKS header.
+    pub(crate) luks: Option<(u64, u64)>,
     /// Type (0 incompatible, 1 compatible, 2 autoclear), bit, name.
     feature_names: Vec<(u8, u8, String)>,
 }
@@ -62,6 +65,10 @@ impl Extensions {
             }
             BACKING_FORMAT => self.backing_format = Some(text(content, "backing format")?),
             DATA_FILE => self.data_file = Some(text(content, "data file")?),
+            LUKS_HEADER => {
+                let fields = BigEndian(content, "LUKS header extension");
+                self.luks = Some((fields.u64("offset", 0)?, fields.u64("length", 8)?));
+            }
             FEATURE_NAMES => {
                 for entry in content.as_chunks::<48>().0 {
                     let [kind, bit, name @ ..] = entry;

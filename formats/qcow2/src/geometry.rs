@@ -54,6 +54,11 @@ pub(crate) struct Geometry {
     /// At most 6: checked when the header is read.
     pub(crate) refcount_order: u32,
     pub(crate) version: u32,
+    /// L2 entries of 16 bytes, which map 32 subclusters each; only with `cluster_bits` of
+    /// 14 or more.
+    pub(crate) extended: bool,
+    /// Payload is in another file, where it has the offset that it has in the guest.
+    pub(crate) external: bool,
 }
 
 impl Geometry {
@@ -87,14 +92,34 @@ impl Geometry {
         bytes.div_ceil(self.cluster())
     }
 
-    /// Entries of 8 bytes in a table of one cluster.
+    /// Entries of an L2 table, which has one cluster.
     pub(crate) fn entries(self) -> u64 {
-        self.cluster() / 8
+        if self.extended { self.cluster() / 16 } else { self.cluster() / 8 }
+    }
+
+    /// Words of 8 bytes in an L2 entry.
+    pub(crate) fn words(self) -> usize {
+        if self.extended { 2 } else { 1 }
+    }
+
+    /// log2 of the smallest piece that is mapped on its own: a subcluster or a cluster.
+    pub(crate) fn unit_bits(self) -> u32 {
+        if self.extended { self.cluster_bits.wrapping_sub(5) } else { self.cluster_bits }
+    }
+
+    /// Bytes of the smallest piece that is mapped on its own.
+    pub(crate) fn unit(self) -> u64 {
+        1_u64.wrapping_shl(self.unit_bits())
+    }
+
+    /// Such pieces in a cluster: 32 or 1.
+    pub(crate) fn units_per_cluster(self) -> u64 {
+        if self.extended { 32 } else { 1 }
     }
 
     /// The L1 index and the L2 index of guest cluster `index`.
     pub(crate) fn l1_l2(self, index: u64) -> (usize, usize) {
-        let bits = self.cluster_bits.wrapping_sub(3);
+        let bits = self.cluster_bits.wrapping_sub(if self.extended { 4 } else { 3 });
         let l1 = usize::try_from(index.wrapping_shr(bits)).unwrap_or(usize::MAX);
         let l2 = index & self.entries().wrapping_sub(1);
         (l1, usize::try_from(l2).unwrap_or(usize::MAX))
@@ -148,12 +173,14 @@ impl Geometry {
         Ok(entry)
     }
 
-    /// What an L2 entry says about the cluster at guest offset `guest`.
+    /// What an L2 entry says about the cluster at guest offset `guest`; an extended entry's
+    /// subclusters are [`Self::unit_mapping`]'s.
     pub(crate) fn mapping(self, entry: u64, guest: u64) -> Result<Mapping> {
         if entry & COMPRESSED != 0 {
             return self.compressed(entry, guest);
         }
-        let flags = if self.version >= 3 { COPIED | ZERO } else { COPIED };
+        let zero = if self.version >= 3 && !self.extended { ZERO } else { 0 };
+        let flags = COPIED | zero;
         let offset = entry & OFFSET;
         if entry & !(OFFSET | flags) != 0 || self.within(offset) != 0 {
             return Err(Error::corrupt(format!(
@@ -162,6 +189,9 @@ impl Geometry {
             )));
         }
         let copied = entry & COPIED != 0;
+        if self.external {
+            return self.external(entry, guest);
+        }
         if offset == 0 && copied {
             return Err(Error::corrupt(format!(
                 "L2 entry {entry:#x} for guest offset {guest:#x} claims the header's cluster"
@@ -175,7 +205,70 @@ impl Geometry {
         })
     }
 
+    /// With a data file, an offset of 0 is that of guest cluster 0 if COPIED is set.
+    fn external(self, entry: u64, guest: u64) -> Result<Mapping> {
+        let host = Host { offset: entry & OFFSET, copied: entry & COPIED != 0 };
+        let is_there = host.offset != 0 || host.copied;
+        if is_there && host.offset != guest & !self.cluster().wrapping_sub(1) {
+            return Err(Error::corrupt(format!(
+                "L2 entry {entry:#x} for guest offset {guest:#x} maps another offset of the \
+                 data file"
+            )));
+        }
+        Ok(match (entry & ZERO != 0, is_there) {
+            (true, false) => Mapping::Zero { reserved: None },
+            (true, true) => Mapping::Zero { reserved: Some(host) },
+            (false, false) => Mapping::Unallocated,
+            (false, true) => Mapping::Data(host),
+        })
+    }
+
+    /// What an L2 entry says about piece `unit` of the cluster at guest offset `guest`: a
+    /// host offset is that of the piece. `bitmap` is the entry's second word, if it has one.
+    pub(crate) fn unit_mapping(
+        self,
+        entry: u64,
+        bitmap: u64,
+        unit: u64,
+        guest: u64,
+    ) -> Result<Mapping> {
+        let cluster = self.mapping(entry, guest)?;
+        if !self.extended {
+            return Ok(cluster);
+        }
+        let fault = |what: &str| {
+            Error::corrupt(format!(
+                "extended L2 entry {entry:#x} with bitmap {bitmap:#018x} for guest offset \
+                 {guest:#x} {what}"
+            ))
+        };
+        let (allocated, zero) = unit_bits(unit);
+        let distance = unit.saturating_mul(self.unit());
+        match (cluster, bitmap & allocated != 0, bitmap & zero != 0) {
+            (Mapping::Compressed { .. }, ..) if bitmap != 0 => {
+                Err(fault("is compressed and has subclusters"))
+            }
+            (Mapping::Compressed { .. }, ..) => Ok(cluster),
+            (_, true, true) => Err(fault("has a subcluster that is allocated and zero")),
+            (Mapping::Data(host), true, _) => {
+                Ok(Mapping::Data(Host { offset: host.offset.saturating_add(distance), ..host }))
+            }
+            (_, true, _) => Err(fault("has an allocated subcluster, but no offset")),
+            (Mapping::Data(host), _, true) => Ok(Mapping::Zero {
+                reserved: Some(Host { offset: host.offset.saturating_add(distance), ..host }),
+            }),
+            (_, _, true) => Ok(Mapping::Zero { reserved: None }),
+            _ => Ok(Mapping::Unallocated),
+        }
+    }
+
     fn compressed(self, entry: u64, guest: u64) -> Result<Mapping> {
+        if self.external {
+            return Err(Error::corrupt(format!(
+                "L2 entry {entry:#x} for guest offset {guest:#x} is compressed, but the image \
+                 has a data file"
+            )));
+        }
         if entry & COPIED != 0 {
             return Err(Error::corrupt(format!(
                 "L2 entry {entry:#x} for guest offset {guest:#x} is compressed and copied"
@@ -195,13 +288,69 @@ impl Geometry {
     }
 }
 
+/// The bits of a bitmap that say that a subcluster is allocated, and that it is zero.
+pub(crate) fn unit_bits(unit: u64) -> (u64, u64) {
+    let shift = u32::try_from(unit & 31).unwrap_or(0);
+    (1_u64.wrapping_shl(shift), 1_u64.wrapping_shl(shift.wrapping_add(32)))
+}
+
+/// The allocation bits of `count` subclusters from `first` on; the bits that say zero are
+/// 32 further up.
+pub(crate) fn unit_mask(first: u64, count: u64) -> u64 {
+    let end = first.saturating_add(count).min(32);
+    (first..end).fold(0, |mask, unit| mask | unit_bits(unit).0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use tranship_block::ErrorKind;
 
     fn geometry(cluster_bits: u32, version: u32) -> Geometry {
-        Geometry { cluster_bits, refcount_order: 4, version }
+        Geometry { cluster_bits, refcount_order: 4, version, extended: false, external: false }
+    }
+
+    #[test]
+    fn a_bitmap_decides_about_each_subcluster() {
+        let extended = Geometry { extended: true, ..geometry(16, 3) };
+        let host = |offset| Host { offset, copied: true };
+        let entry = 0x50000 | COPIED;
+        let bitmap = 1 | 1 << 33 | 1 << 31;
+        let table = [
+            (0, Mapping::Data(host(0x50000))),
+            (1, Mapping::Zero { reserved: Some(host(0x50800)) }),
+            (2, Mapping::Unallocated),
+            (31, Mapping::Data(host(0x5f800))),
+        ];
+        for (unit, expected) in table {
+            assert_eq!(extended.unit_mapping(entry, bitmap, unit, 0).unwrap(), expected, "{unit}");
+        }
+        assert_eq!(
+            extended.unit_mapping(0, 1 << 32, 0, 0).unwrap(),
+            Mapping::Zero { reserved: None }
+        );
+        for (entry, bitmap) in
+            [(entry, 1 | 1 << 32), (0, 1), (entry | ZERO, 1), (COMPRESSED | 0x1000, 1)]
+        {
+            let error = extended.unit_mapping(entry, bitmap, 0, 0x7000).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{entry:#x} {bitmap:#x}");
+        }
+        assert_eq!(
+            (unit_mask(0, 32), unit_mask(3, 2), unit_mask(31, 9)),
+            (0xffff_ffff, 24, 1 << 31)
+        );
+    }
+
+    #[test]
+    fn a_data_file_has_the_offsets_of_the_guest() {
+        let external = Geometry { external: true, ..geometry(16, 3) };
+        let data = |offset| Mapping::Data(Host { offset, copied: true });
+        assert_eq!(external.mapping(COPIED, 0).unwrap(), data(0));
+        assert_eq!(external.mapping(0, 0).unwrap(), Mapping::Unallocated);
+        assert_eq!(external.mapping(COPIED | 0x50000, 0x50000).unwrap(), data(0x50000));
+        for entry in [COPIED | 0x50000, COMPRESSED | 0x60000, 0x50000] {
+            assert!(external.mapping(entry, 0x60000).is_err(), "{entry:#x}");
+        }
     }
 
     #[test]
@@ -239,7 +388,7 @@ mod tests {
 
     #[test]
     fn the_widest_and_narrowest_counts() {
-        let max = |order| Geometry { cluster_bits: 16, refcount_order: order, version: 3 };
+        let max = |order| Geometry { refcount_order: order, ..geometry(16, 3) };
         assert_eq!(max(0).refcount_max(), 1);
         assert_eq!(max(4).refcount_max(), 65_535);
         assert_eq!(max(6).refcount_max(), u64::MAX);

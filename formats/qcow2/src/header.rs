@@ -15,11 +15,15 @@ pub(crate) const LARGEST_REFCOUNT_TABLE: u64 = 8 << 20;
 const LONGEST_BACKING_NAME: u32 = 1023;
 const MOST_SNAPSHOTS: u32 = 65_536;
 
-const DIRTY: u64 = 1;
+pub(crate) const DIRTY: u64 = 1;
 const CORRUPT: u64 = 1 << 1;
-const DATA_FILE: u64 = 1 << 2;
-const COMPRESSION_TYPE: u64 = 1 << 3;
-const EXTENDED_L2: u64 = 1 << 4;
+pub(crate) const DATA_FILE: u64 = 1 << 2;
+pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
+pub(crate) const EXTENDED_L2: u64 = 1 << 4;
+/// Compatible: reference counts may be written late, after the dirty bit was set.
+pub(crate) const LAZY_REFCOUNTS: u64 = 1;
+/// Autoclear: the data file is the guest's disk, byte for byte.
+pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
 const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2;
 
 /// How compressed clusters are compressed.
@@ -38,6 +42,20 @@ pub struct Backing {
     pub name: String,
     /// The format that the image gives for it, as QEMU spells it.
     pub format: Option<String>,
+}
+
+/// How the payload is encrypted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encryption {
+    /// AES-128 in CBC mode with the guest's sector number; weak, and only to be read.
+    Aes,
+    /// LUKS, with the host's sector number.
+    Luks {
+        /// Where the LUKS header starts in the file.
+        offset: u64,
+        /// Bytes of the LUKS header and its key material.
+        len: u64,
+    },
 }
 
 /// What the header says; offsets and sizes are bytes.
@@ -80,6 +98,8 @@ pub struct Header {
     pub compression: Compression,
     /// The external data file that the image asks for.
     pub data_file: Option<String>,
+    /// Offset and length of the LUKS header.
+    pub(crate) luks: Option<(u64, u64)>,
 }
 
 impl Header {
@@ -153,6 +173,7 @@ impl Header {
             header_length,
             compression,
             data_file: None,
+            luks: None,
         })
     }
 
@@ -231,6 +252,7 @@ impl Header {
         }
         self.backing = name.map(|name| Backing { name, format: extensions.backing_format });
         self.data_file = extensions.data_file;
+        self.luks = extensions.luks;
         Ok(())
     }
 
@@ -280,8 +302,66 @@ impl Header {
             ))
             .at(60));
         }
+        if let Some((offset, len)) = self.luks {
+            table("LUKS header", offset, len, u64::MAX, 32)?;
+        }
         if self.nb_snapshots > 0 {
             table("snapshot table", self.snapshots_offset, 0, u64::MAX, 64)?;
+        }
+        Ok(())
+    }
+
+    /// How the payload is encrypted; `None` if it is not, or if the image has lost where
+    /// its LUKS header is.
+    pub fn encryption(&self) -> Option<Encryption> {
+        match (self.crypt_method, self.luks) {
+            (1, _) => Some(Encryption::Aes),
+            (2, Some((offset, len))) => Some(Encryption::Luks { offset, len }),
+            _ => None,
+        }
+    }
+
+    /// Whether the payload is in another file.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible_features & DATA_FILE != 0
+    }
+
+    /// Whether that other file is the guest's disk, byte for byte.
+    pub fn is_data_file_raw(&self) -> bool {
+        self.has_data_file() && self.autoclear_features & DATA_FILE_RAW != 0
+    }
+
+    /// Whether L2 entries map subclusters.
+    pub fn has_extended_l2(&self) -> bool {
+        self.incompatible_features & EXTENDED_L2 != 0
+    }
+
+    /// Whether writers may leave reference counts to whoever opens the image next.
+    pub fn has_lazy_refcounts(&self) -> bool {
+        self.compatible_features & LAZY_REFCOUNTS != 0
+    }
+
+    /// Refuses what cannot be opened without help, if that help is missing.
+    pub(crate) fn check_openable(&self, has_cipher: bool, has_data_file: bool) -> Result<()> {
+        if self.crypt_method != 0 && !has_cipher {
+            let method = if self.crypt_method == 1 { "AES" } else { "LUKS" };
+            return Err(Error::unsupported(format!("image is encrypted with {method}")).at(32));
+        }
+        if self.crypt_method == 2 && self.luks.is_none() {
+            return Err(Error::corrupt("image is encrypted, but has no LUKS header").at(32));
+        }
+        if self.has_data_file() && !has_data_file {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!(
+                    "the image keeps its data in another file, {:?}, which was not given",
+                    self.data_file.as_deref().unwrap_or("without a name")
+                ),
+            )
+            .at(72));
+        }
+        if has_data_file && !self.has_data_file() {
+            return Err(Error::usage("image has no data file, but one was given"));
         }
         Ok(())
     }
@@ -323,6 +403,8 @@ impl Header {
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
             version: self.version,
+            extended: self.incompatible_features & EXTENDED_L2 != 0,
+            external: self.incompatible_features & DATA_FILE != 0,
         }
     }
 }

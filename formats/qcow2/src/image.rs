@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An open image.
 
-use crate::cache::Cache;
 use crate::compressed::Inflated;
-use crate::geometry::{Geometry, Mapping};
+use crate::geometry::{Geometry, Mapping, to_u64};
 use crate::header::{Compression, Header};
 use crate::metadata::Metadata;
 use crate::refcounts::{Refcounts, read_table};
 use crate::snapshots;
-use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use tranship_block::{
-    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, Span, Storage, Zeroing,
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, SectorCipher, Span, Storage, Zeroing,
 };
 
 /// How an image is opened.
@@ -25,6 +23,10 @@ pub struct OpenOptions {
     /// It may also be given where the header names none: the image is then an overlay
     /// whose base only this program knows.
     pub backing: Option<Arc<dyn BlockDevice>>,
+    /// What the payload is in; required if, and only if, [`Header::has_data_file`].
+    pub data_file: Option<Arc<dyn Storage>>,
+    /// The key; required if the header says that the image is encrypted.
+    pub cipher: Option<Arc<dyn SectorCipher>>,
 }
 
 /// The disk inside a QCOW2 image.
@@ -37,6 +39,11 @@ pub struct Qcow2 {
     /// The same file, if it may be changed.
     pub(crate) storage: Option<Arc<dyn Storage>>,
     pub(crate) backing: Option<Arc<dyn BlockDevice>>,
+    /// The external data file.
+    pub(crate) data: Option<Arc<dyn Storage>>,
+    pub(crate) cipher: Option<Arc<dyn SectorCipher>>,
+    /// Held while a part of an encrypted sector is changed.
+    pub(crate) sectors: Mutex<()>,
     pub(crate) header: Header,
     pub(crate) geometry: Geometry,
     pub(crate) metadata: Mutex<Metadata>,
@@ -59,19 +66,24 @@ impl Qcow2 {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Denied`] if it needs a backing file that was not given or an external
-    /// data file, [`ErrorKind::Unsupported`] if it is encrypted or of an unknown kind or,
-    /// unless opened read-only, was not shut down cleanly, [`ErrorKind::Corrupt`] if it
-    /// contradicts the format.
+    /// [`ErrorKind::Denied`] if it needs a backing file or a data file that was not given,
+    /// [`ErrorKind::Unsupported`] if it is encrypted and no key was given, of an unknown
+    /// kind or, unless opened read-only, was not shut down cleanly, [`ErrorKind::Corrupt`]
+    /// if it contradicts the format.
     pub fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Self> {
         if options.read_only {
-            return Self::open_read_only(storage, options.backing);
+            return Self::open_read_only_with(storage, options);
         }
         if storage.is_read_only() {
             return Err(Error::usage("image cannot be written: its file is open for reading only"));
         }
+        if options.data_file.as_ref().is_some_and(BlockDevice::is_read_only) {
+            return Err(Error::usage(
+                "image cannot be written: its data file is open for reading only",
+            ));
+        }
         let file: Arc<dyn BlockDevice> = Arc::<dyn Storage>::clone(&storage);
-        Self::new(file, Some(storage), options.backing)
+        Self::new(file, Some(storage), options)
     }
 
     /// Opens the image in `file` for reading alone: a member of an archive, for example.
@@ -83,17 +95,26 @@ impl Qcow2 {
         file: Arc<dyn BlockDevice>,
         backing: Option<Arc<dyn BlockDevice>>,
     ) -> Result<Self> {
-        Self::new(file, None, backing)
+        Self::open_read_only_with(file, OpenOptions { backing, ..OpenOptions::default() })
+    }
+
+    /// Opens the image in `file` for reading alone, whatever `options` say about that.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub fn open_read_only_with(file: Arc<dyn BlockDevice>, options: OpenOptions) -> Result<Self> {
+        Self::new(file, None, options)
     }
 
     fn new(
         file: Arc<dyn BlockDevice>,
         storage: Option<Arc<dyn Storage>>,
-        backing: Option<Arc<dyn BlockDevice>>,
+        options: OpenOptions,
     ) -> Result<Self> {
         let header = Header::read(&file)?;
-        header.check_supported()?;
-        if let (Some(wanted), None) = (&header.backing, &backing) {
+        header.check_openable(options.cipher.is_some(), options.data_file.is_some())?;
+        if let (Some(wanted), None) = (&header.backing, &options.backing) {
             return Err(Error::new(
                 ErrorKind::Denied,
                 format!("the image needs backing file {:?}, which was not given", wanted.name),
@@ -121,23 +142,34 @@ impl Qcow2 {
             header.refcount_table_offset,
             geometry.offset(u64::from(header.refcount_table_clusters)) / 8,
         )?;
-        let metadata = Metadata {
-            geometry,
-            l1,
-            l1_changed: BTreeSet::new(),
-            l2: Cache::new(geometry.cluster()),
-            refcounts: Refcounts::new(geometry, header.refcount_table_offset, table),
-            busy: Vec::new(),
-            frees: Vec::new(),
-            prepared: false,
-        };
+        let refcounts = Refcounts::new(geometry, header.refcount_table_offset, table);
+        let mut metadata = Metadata::new(geometry, l1, refcounts);
+        metadata.l1_offset = header.l1_table_offset;
+        let original_len = file.size();
+        Self::with_metadata((file, storage), options, header, metadata, original_len)
+    }
+
+    /// An image whose tables are known; it is never cut below `original_len` bytes.
+    pub(crate) fn with_metadata(
+        (file, storage): (Arc<dyn BlockDevice>, Option<Arc<dyn Storage>>),
+        options: OpenOptions,
+        header: Header,
+        metadata: Metadata,
+        original_len: u64,
+    ) -> Result<Self> {
+        if options.cipher.as_ref().is_some_and(|cipher| cipher.sector_size() != 512) {
+            return Err(Error::unsupported("cipher's sectors have other than 512 bytes"));
+        }
         Ok(Self {
-            original_len: file.size(),
+            original_len,
             file,
             storage,
-            backing,
+            backing: options.backing,
+            data: options.data_file,
+            cipher: options.cipher,
+            sectors: Mutex::new(()),
+            geometry: header.geometry(),
             header,
-            geometry,
             metadata: Mutex::new(metadata),
             idle: Condvar::new(),
             in_use: RwLock::new(()),
@@ -186,13 +218,13 @@ impl BlockDevice for Qcow2 {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        Span::new(offset, crate::geometry::to_u64(buf.len())).check_within(self.size())?;
+        Span::new(offset, to_u64(buf.len())).check_within(self.size())?;
         let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
         self.read_payload(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let span = Span::new(offset, crate::geometry::to_u64(buf.len()));
+        let span = Span::new(offset, to_u64(buf.len()));
         self.start_writing(span)?;
         let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
         self.write_payload(buf, offset)
@@ -208,17 +240,18 @@ impl BlockDevice for Qcow2 {
     fn discard(&self, span: Span) -> Result<()> {
         self.start_writing(span)?;
         let _in_use = self.in_use.read().unwrap_or_else(PoisonError::into_inner);
-        self.discard_clusters(span)
+        self.discard_units(span)
     }
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         Span::new(offset, 1).check_within(self.size())?;
         let left = self.size().saturating_sub(offset);
-        let first = self.geometry.index(offset);
-        let within = self.geometry.within(offset);
-        let most = self.geometry.clusters_for(left.saturating_add(within));
-        let (mapping, count) = self.lock().run(&self.file, first, most)?;
-        let len = self.geometry.offset(count).saturating_sub(within).min(left);
+        let unit = self.geometry.unit();
+        let within = offset & unit.wrapping_sub(1);
+        let most = left.saturating_add(within).div_ceil(unit);
+        let first = offset.wrapping_shr(self.geometry.unit_bits());
+        let (mapping, count) = self.lock().lookup(&self.file, first, most)?;
+        let len = count.saturating_mul(unit).saturating_sub(within).min(left);
         Ok(match mapping {
             Mapping::Unallocated => match self.backing_from(offset) {
                 Some((backing, _)) => {
@@ -228,6 +261,10 @@ impl BlockDevice for Qcow2 {
                 None => Extent::new(ExtentKind::Hole, len),
             },
             Mapping::Zero { .. } => Extent::new(ExtentKind::Zero, len),
+            // Nowhere in this file, or not as it is.
+            Mapping::Data(_) if self.data.is_some() || self.cipher.is_some() => {
+                Extent::new(ExtentKind::Data, len)
+            }
             Mapping::Data(host) => {
                 Extent::new(ExtentKind::Data, len).mapped_to(host.offset.saturating_add(within))
             }
@@ -244,7 +281,7 @@ impl BlockDevice for Qcow2 {
 
 impl Drop for Qcow2 {
     fn drop(&mut self) {
-        // Errors have nobody to go to here: who needs to know calls flush first.
-        let _ = self.flush_all();
+        // Errors have nobody to go to here: who needs to know calls flush or finish first.
+        let _ = self.close();
     }
 }

@@ -14,24 +14,31 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod bulk;
 mod cache;
 mod check;
+mod compress;
 mod compressed;
 mod create;
+mod encode;
 mod extensions;
 mod geometry;
 mod header;
 mod image;
 mod metadata;
+mod packed;
+mod payload;
 mod read;
 mod refcounts;
 mod repair;
 mod snapshots;
 mod write;
 mod writeback;
+mod zero;
 
 pub use check::{Report, check};
-pub use create::{CreateOptions, create};
-pub use header::{Backing, Compression, Header, MAGIC};
+pub use create::{CreateOptions, DataFile, Preallocation, create, create_for_writing, create_over};
+pub use header::{Backing, Compression, Encryption, Header, MAGIC};
 pub use image::{OpenOptions, Qcow2};
+pub use packed::{PackedQcow2, create_packed};
 pub use repair::repair_leaks;

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Moving payload out of the image.
+//!
+//! The lock is held for looking clusters up, never while payload is read or inflated.
 
 use crate::compressed::{self, Place};
 use crate::geometry::{Mapping, to_u64, to_usize};
@@ -7,47 +9,46 @@ use crate::image::Qcow2;
 use std::sync::{Arc, PoisonError};
 use tranship_block::{BlockDevice, Error, Result};
 
+/// Most compressed clusters that are looked up at once.
+const MOST_PLACES: usize = 1024;
+
 impl Qcow2 {
     /// Fills `buf`, whose range was checked and which the caller protects by `in_use`.
     pub(crate) fn read_payload(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         let geometry = self.geometry;
         while !buf.is_empty() {
-            let within = geometry.within(offset);
+            let unit = geometry.unit();
+            let within = offset & unit.wrapping_sub(1);
             let wanted = to_u64(buf.len());
-            let most = geometry.clusters_for(wanted.saturating_add(within));
-            let first = geometry.index(offset);
-            let (mapping, count) = self.lock().run(&self.file, first, most)?;
-            let count = if matches!(mapping, Mapping::Compressed { .. }) { 1 } else { count };
-            let len = geometry.offset(count).saturating_sub(within).min(wanted);
+            let most = wanted.saturating_add(within).div_ceil(unit);
+            let mut metadata = self.lock();
+            let (mapping, count) =
+                metadata.lookup(&self.file, offset.wrapping_shr(geometry.unit_bits()), most)?;
+            let mut len = count.saturating_mul(unit).saturating_sub(within).min(wanted);
+            let mut places = Vec::new();
+            if let Mapping::Compressed { .. } = mapping {
+                let clusters = geometry.clusters_for(geometry.within(offset).saturating_add(len));
+                let most = to_usize(clusters)?.min(MOST_PLACES);
+                places = metadata.compressed(&self.file, geometry.index(offset), most)?;
+                let there = geometry.offset(to_u64(places.len()));
+                len = len.min(there.saturating_sub(geometry.within(offset)));
+            }
+            drop(metadata);
             let (now, rest) = buf
                 .split_at_mut_checked(to_usize(len)?)
                 .ok_or_else(|| Error::usage("read is longer than its buffer").at(offset))?;
             match mapping {
                 Mapping::Unallocated => self.read_backing(now, offset)?,
                 Mapping::Zero { .. } => now.fill(0),
-                Mapping::Data(host) => self.read_data(now, host.offset.saturating_add(within))?,
-                Mapping::Compressed { start, len } => {
-                    self.read_compressed(now, (start, len), to_usize(within)?)?;
+                Mapping::Data(host) => {
+                    self.load(now, host.offset.saturating_add(within), offset)?;
                 }
+                Mapping::Compressed { .. } => self.read_compressed(now, &places, offset)?,
             }
             buf = rest;
             offset = offset.saturating_add(len);
         }
         Ok(())
-    }
-
-    /// Bytes past the file's end were never written or were lost: not zeroes.
-    fn read_data(&self, buf: &mut [u8], host: u64) -> Result<()> {
-        if host.saturating_add(to_u64(buf.len())) > self.file.size() {
-            let cluster = self.geometry.offset(self.geometry.index(host));
-            return Err(Error::corrupt(format!(
-                "data in the cluster at {cluster:#x} or after it lies past the file's {} bytes: \
-                 the image is incomplete",
-                self.file.size()
-            ))
-            .at(host));
-        }
-        self.file.read_at(buf, host)
     }
 
     /// What the backing image has; zeroes where it is shorter than this one.
@@ -62,22 +63,54 @@ impl Qcow2 {
         backing.read_at(now, offset)
     }
 
-    fn read_compressed(&self, buf: &mut [u8], place: Place, within: usize) -> Result<()> {
+    /// Whole clusters are inflated into `buf`, others through the ones that are kept.
+    fn read_compressed(
+        &self,
+        mut buf: &mut [u8],
+        mut places: &[Place],
+        mut offset: u64,
+    ) -> Result<()> {
+        let cluster_len = self.geometry.cluster_len();
+        while let Some((first, others)) = places.split_first() {
+            let within = to_usize(self.geometry.within(offset))?;
+            let whole = buf.len().checked_div(cluster_len).unwrap_or(0).min(places.len());
+            let taken = if within == 0 && whole > 0 {
+                let len = whole.saturating_mul(cluster_len);
+                let now = buf.get_mut(..len).unwrap_or_default();
+                let (now_places, rest) = places.split_at_checked(whole).unwrap_or((places, &[]));
+                compressed::read(&self.file, self.compression(), now_places, now, cluster_len)?;
+                places = rest;
+                len
+            } else {
+                let len = cluster_len.saturating_sub(within).min(buf.len());
+                self.read_part(buf.get_mut(..len).unwrap_or_default(), *first, within)?;
+                places = others;
+                len
+            };
+            buf = buf.get_mut(taken..).unwrap_or_default();
+            offset = offset.saturating_add(to_u64(taken));
+            if buf.is_empty() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A part of a cluster; who reads parts comes back for the rest.
+    fn read_part(&self, buf: &mut [u8], place: Place, within: usize) -> Result<()> {
         let cluster_len = self.geometry.cluster_len();
         let kept = self.inflated.lock().unwrap_or_else(PoisonError::into_inner).get(place);
         let cluster = if let Some(kept) = kept {
             kept
         } else {
-            let read = compressed::read(&self.file, self.compression(), place, cluster_len)?;
-            let read = Arc::new(read);
-            // Whoever reads whole clusters does not come back for the rest of this one.
-            if buf.len() < cluster_len {
-                self.inflated
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .put(place, Arc::clone(&read));
-            }
-            read
+            let mut cluster = vec![0; cluster_len];
+            compressed::read(&self.file, self.compression(), &[place], &mut cluster, cluster_len)?;
+            let cluster = Arc::new(cluster);
+            self.inflated
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .put(place, Arc::clone(&cluster));
+            cluster
         };
         let bytes = cluster
             .get(within..)

@@ -25,6 +25,9 @@ pub(crate) struct Refcounts {
     free_from: u64,
     /// The cluster after the last one that was given out.
     pub(crate) end: u64,
+    /// The byte after the last compressed stream; more fits into its cluster unless it is
+    /// the first byte of one.
+    packed_end: u64,
     /// Clusters of tables and blocks: never given out, never written as payload.
     pub(crate) metadata: HashSet<u64>,
 }
@@ -52,6 +55,7 @@ impl Refcounts {
             blocks: Cache::new(geometry.cluster()),
             free_from: 1,
             end: 0,
+            packed_end: 0,
             metadata: HashSet::new(),
         }
     }
@@ -112,6 +116,10 @@ impl Refcounts {
         self.blocks.modify(offset, |block| set_count(block, index, order, count));
         if count == 0 {
             self.free_from = self.free_from.min(cluster.max(1));
+            // Whoever gets the cluster next may not share it.
+            if self.geometry.index(self.packed_end) == cluster {
+                self.packed_end = 0;
+            }
         }
         Ok(())
     }
@@ -141,37 +149,128 @@ impl Refcounts {
         want: u64,
         replaced: &mut Vec<Run>,
     ) -> Result<Run> {
+        let order = self.geometry.refcount_order;
+        let want = want.max(1);
         let mut run = Run { first: self.free_from, count: 0 };
-        while run.count < want.max(1) {
-            let cluster = run.first.saturating_add(run.count);
-            let (number, _) = self.place(cluster);
-            if self.block_offset(number)? == 0 {
+        while run.count < want {
+            let (number, index) = self.place(run.end());
+            let offset = self.block_offset(number)?;
+            if offset == 0 {
                 if run.count > 0 {
                     break;
                 }
                 self.add_block(number, replaced)?;
                 continue;
             }
-            if self.get(file, cluster)? != 0 {
+            let block = self.load(file, offset)?;
+            let end = self.geometry.per_block();
+            let is_free = |index: &u64| count_at(&block, *index, order) == 0;
+            let most = end.min(index.saturating_add(want.saturating_sub(run.count)));
+            let free = to_u64((index..most).take_while(is_free).count());
+            if free == 0 {
                 if run.count > 0 {
                     break;
                 }
-                run.first = cluster.saturating_add(1);
-            } else if self.metadata.contains(&cluster) {
-                return Err(Error::corrupt(format!(
-                    "cluster {cluster} holds metadata, but its reference count is 0"
-                ))
-                .at(self.geometry.offset(cluster)));
-            } else {
-                run.count = run.count.saturating_add(1);
+                let used = (index..end).take_while(|index| !is_free(index)).count();
+                run.first = run.first.saturating_add(to_u64(used));
+                continue;
+            }
+            run.count = run.count.saturating_add(free);
+            if index.saturating_add(free) < most {
+                break;
             }
         }
-        for cluster in run.first..run.end() {
-            self.set(file, cluster, 1)?;
+        let mut taken = run.first..run.end();
+        if let Some(cluster) = taken.find(|cluster| self.metadata.contains(cluster)) {
+            return Err(Error::corrupt(format!(
+                "cluster {cluster} holds metadata, but its reference count is 0"
+            ))
+            .at(self.geometry.offset(cluster)));
         }
+        self.set_ones(file, run)?;
         self.free_from = run.end();
         self.end = self.end.max(run.end());
         Ok(run)
+    }
+
+    /// Counts one reference to each cluster of a run whose blocks exist.
+    fn set_ones(&mut self, file: &dyn BlockDevice, run: Run) -> Result<()> {
+        let order = self.geometry.refcount_order;
+        let mut next = run.first;
+        while next < run.end() {
+            let (number, index) = self.place(next);
+            let offset = self.block_offset(number)?;
+            let left = run.end().saturating_sub(next);
+            let end = self.geometry.per_block().min(index.saturating_add(left));
+            self.load(file, offset)?;
+            self.blocks.modify(offset, |block| {
+                for index in index..end {
+                    set_count(block, index, order, 1);
+                }
+            });
+            next = next.saturating_add(end.saturating_sub(index));
+        }
+        Ok(())
+    }
+
+    /// The first cluster of `run` that is not referenced exactly once, and its count.
+    pub(crate) fn first_not_one(
+        &mut self,
+        file: &dyn BlockDevice,
+        run: Run,
+    ) -> Result<Option<(u64, u64)>> {
+        let order = self.geometry.refcount_order;
+        let mut next = run.first;
+        while next < run.end() {
+            let (number, index) = self.place(next);
+            let offset = self.block_offset(number)?;
+            if offset == 0 {
+                return Ok(Some((next, 0)));
+            }
+            let block = self.load(file, offset)?;
+            let left = run.end().saturating_sub(next);
+            let end = self.geometry.per_block().min(index.saturating_add(left));
+            for (cluster, index) in (next..).zip(index..end) {
+                let count = count_at(&block, index, order);
+                if count != 1 {
+                    return Ok(Some((cluster, count)));
+                }
+            }
+            next = next.saturating_add(end.saturating_sub(index));
+        }
+        Ok(None)
+    }
+
+    /// Takes `len` bytes, at most a cluster, for a compressed stream; returns their offset.
+    ///
+    /// Streams follow each other without gaps as long as the clusters do: each cluster
+    /// counts the streams that touch it.
+    pub(crate) fn allocate_bytes(
+        &mut self,
+        file: &dyn BlockDevice,
+        len: u64,
+        replaced: &mut Vec<Run>,
+    ) -> Result<u64> {
+        let geometry = self.geometry;
+        let start = self.packed_end;
+        let within = geometry.within(start);
+        let cluster = geometry.index(start);
+        let count = if within == 0 { 0 } else { self.get(file, cluster)? };
+        let can_share = count > 0 && count < geometry.refcount_max();
+        if can_share && within.saturating_add(len) <= geometry.cluster() {
+            self.set(file, cluster, count.saturating_add(1))?;
+            self.packed_end = start.saturating_add(len);
+            return Ok(start);
+        }
+        let next = self.allocate(file, 1, replaced)?;
+        let mut start = start;
+        if can_share && next.first == cluster.saturating_add(1) {
+            self.set(file, cluster, count.saturating_add(1))?;
+        } else {
+            start = geometry.offset(next.first);
+        }
+        self.packed_end = start.saturating_add(len);
+        Ok(start)
     }
 
     /// Adds the missing block `number`, which counts itself as its first cluster.
@@ -189,7 +288,7 @@ impl Refcounts {
     }
 
     /// Makes block `number` in `cluster`, with a reference to each of `counted`.
-    fn insert_block(
+    pub(crate) fn insert_block(
         &mut self,
         number: usize,
         cluster: u64,
@@ -228,7 +327,7 @@ impl Refcounts {
         let old_len = self.table.len();
         let first = to_u64(old_len).saturating_mul(per_block);
         let end = first.saturating_add(blocks).saturating_add(table_clusters);
-        let new_len = to_usize(table_clusters.saturating_mul(geometry.entries()))?;
+        let new_len = to_usize(geometry.offset(table_clusters) / 8)?;
         self.table.resize(new_len, 0);
         for block in 0..blocks {
             let number = old_len.saturating_add(to_usize(block)?);
@@ -304,7 +403,13 @@ mod tests {
     #[test]
     fn counts_of_every_width_keep_their_neighbours() {
         for order in 0..=6 {
-            let geometry = Geometry { cluster_bits: 9, refcount_order: order, version: 3 };
+            let geometry = Geometry {
+                cluster_bits: 9,
+                refcount_order: order,
+                version: 3,
+                extended: false,
+                external: false,
+            };
             let max = geometry.refcount_max();
             let mut block = vec![0; 512];
             for index in 0..geometry.per_block() {

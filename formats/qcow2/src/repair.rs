@@ -64,7 +64,7 @@ mod tests {
     fn image() -> (Arc<MemoryDevice>, u64) {
         let storage = Arc::new(MemoryDevice::new(Vec::new()));
         create(&*storage, &CreateOptions::new(8 << 20)).unwrap();
-        let options = OpenOptions { read_only: false, backing: None };
+        let options = OpenOptions::default();
         let disk = Qcow2::open(storage.clone(), options).unwrap();
         disk.write_at(&vec![7; 300_000], 1000).unwrap();
         disk.flush().unwrap();

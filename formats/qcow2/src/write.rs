@@ -5,16 +5,23 @@
 //! others get new clusters: they are taken under the lock, filled without it, and mapped
 //! under it again. In between, the guest clusters are in `busy`, so that a second writer
 //! to one of them waits instead of losing bytes.
+//!
+//! With extended L2 entries a cluster may have its place in the file while some of its
+//! subclusters have no data yet: these are mapped in the same way, in the place they have.
 
-use crate::geometry::{COPIED, Host, Mapping, ZERO, to_u64, to_usize};
+use crate::geometry::{COPIED, Host, Mapping, to_u64, to_usize, unit_bits, unit_mask};
 use crate::image::Qcow2;
 use crate::metadata::{Metadata, Run};
 use std::io::IoSlice;
 use std::sync::{MutexGuard, PoisonError};
-use tranship_block::{BlockDevice, Error, Result, Span, Zeroing};
+use tranship_block::{Error, Result, Span, Storage};
 
 /// Growth of the file, so that its length changes rarely.
 const STEP: u64 = 16 << 20;
+/// Growth of a file that is written from front to back.
+const BULK_STEP: u64 = 256 << 20;
+/// A bitmap that says that all subclusters are allocated.
+pub(crate) const ALL_ALLOCATED: u64 = 0xffff_ffff;
 
 /// Where the next bytes go.
 enum Target {
@@ -30,6 +37,39 @@ struct Fresh {
     host: Run,
     /// The clusters were reserved for these guest clusters before.
     reserved: bool,
+    /// All of the clusters is filled, not only the subclusters that are written to.
+    whole: bool,
+    /// The guest's byte where this ends.
+    end: u64,
+}
+
+/// Clusters of the guest that are to be mapped; in the file they may have a place already.
+struct Unmapped {
+    guest: Run,
+    reserved: Option<Host>,
+    whole: bool,
+    end: u64,
+}
+
+/// A new L2 entry: its index, its words, and whether what the old one referred to goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) cluster: u64,
+    pub(crate) entry: u64,
+    pub(crate) bitmap: u64,
+    pub(crate) free: bool,
+}
+
+/// Makes the storage long enough for every cluster that was given out.
+pub(crate) fn reach(metadata: &Metadata, storage: &dyn Storage) -> Result<()> {
+    let end = metadata.geometry.offset(metadata.refcounts.end);
+    if end <= storage.size() {
+        return Ok(());
+    }
+    let step = if metadata.bulk.is_some() { BULK_STEP } else { STEP };
+    let generous = end.checked_next_multiple_of(step).unwrap_or(end);
+    // A block device has the length that it has; exactly enough may still fit.
+    storage.set_len(generous).or_else(|_| storage.set_len(end))
 }
 
 impl Qcow2 {
@@ -39,14 +79,14 @@ impl Qcow2 {
             let len = match self.target(offset, to_u64(buf.len()))? {
                 Target::InPlace { host, len } => {
                     let now = buf.get(..to_usize(len)?).unwrap_or(buf);
-                    self.writable(offset)?.write_at(now, host)?;
+                    self.store(&[IoSlice::new(now)], host, offset)?;
                     len
                 }
                 Target::Fresh(fresh) => {
-                    let span = self.part(&fresh, offset, to_u64(buf.len()));
-                    let now = buf.get(..to_usize(span.len)?).unwrap_or(buf);
+                    let len = fresh.end.saturating_sub(offset).min(to_u64(buf.len()));
+                    let now = buf.get(..to_usize(len)?).unwrap_or(buf);
                     self.fill_and_map(&fresh, now, offset)?;
-                    span.len
+                    len
                 }
             };
             buf = buf.get(to_usize(len)?..).unwrap_or_default();
@@ -56,115 +96,195 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// The part of the guest's clusters that `len` bytes from `offset` cover.
-    fn part(&self, fresh: &Fresh, offset: u64, len: u64) -> Span {
-        let end = self.geometry.offset(fresh.guest.end()).min(offset.saturating_add(len));
-        Span::new(offset, end.saturating_sub(offset))
-    }
-
     fn target(&self, offset: u64, len: u64) -> Result<Target> {
         let geometry = self.geometry;
-        let first = geometry.index(offset);
-        let within = geometry.within(offset);
-        let mut most = geometry.clusters_for(len.saturating_add(within));
-        let (_, l2_index) = geometry.l1_l2(first);
-        most = most.min(geometry.entries().saturating_sub(to_u64(l2_index)));
+        let unit = geometry.unit();
+        let within = offset & unit.wrapping_sub(1);
+        let first_unit = offset.wrapping_shr(geometry.unit_bits());
+        let most_units = len.saturating_add(within).div_ceil(unit);
         let mut metadata = self.lock();
         loop {
-            if let Some((host, count)) = metadata.in_place(&self.file, first, most)? {
-                let len = geometry.offset(count).saturating_sub(within).min(len);
+            if let Some((host, count)) = metadata.in_place(&self.file, first_unit, most_units)? {
+                let len = count.saturating_mul(unit).saturating_sub(within).min(len);
                 return Ok(Target::InPlace { host: host.saturating_add(within), len });
             }
-            let (guest, reserved) = self.unmapped(&mut metadata, first, most)?;
+            let found = self.unmapped(&mut metadata, offset, len)?;
+            let guest = found.guest;
             if metadata.busy.iter().any(|busy| busy.overlaps(guest)) {
                 metadata = self.idle.wait(metadata).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            let host = if let Some(host) = reserved {
+            let host = if geometry.external {
+                guest
+            } else if let Some(host) = found.reserved {
                 let run = Run { first: geometry.index(host.offset), count: guest.count };
                 metadata.check_exclusive(&self.file, run)?;
                 run
             } else {
-                let run = metadata.allocate(&self.file, guest.count)?;
-                if let Err(error) = self.reach(&metadata) {
-                    metadata.refcounts.release(&self.file, run)?;
-                    return Err(error);
-                }
-                run
+                self.take(&mut metadata, guest.count)?
             };
-            let guest = Run { first, count: host.count };
+            let guest = Run { count: host.count, ..guest };
             metadata.busy.push(guest);
-            return Ok(Target::Fresh(Fresh { guest, host, reserved: reserved.is_some() }));
+            return Ok(Target::Fresh(Fresh {
+                guest,
+                host,
+                reserved: found.reserved.is_some(),
+                whole: found.whole,
+                end: found.end.min(geometry.offset(guest.end())),
+            }));
         }
     }
 
-    /// The clusters from `first` on that have to be mapped anew, and where they are
+    /// Up to `want` neighbouring clusters that the file reaches.
+    fn take(&self, metadata: &mut Metadata, want: u64) -> Result<Run> {
+        let run = metadata.allocate(&self.file, want)?;
+        if let Err(error) = self.reach(metadata) {
+            metadata.refcounts.release(&self.file, run)?;
+            return Err(error);
+        }
+        Ok(run)
+    }
+
+    /// The clusters from `offset` on that have to be mapped anew, and where they are
     /// reserved, if they are.
-    fn unmapped(
-        &self,
-        metadata: &mut Metadata,
-        first: u64,
-        most: u64,
-    ) -> Result<(Run, Option<Host>)> {
+    fn unmapped(&self, metadata: &mut Metadata, offset: u64, len: u64) -> Result<Unmapped> {
+        let geometry = self.geometry;
+        let first = geometry.index(offset);
+        let most = geometry.clusters_for(len.saturating_add(geometry.within(offset)));
+        // All of their tables have to be in memory when they are mapped.
+        let (_, l2_index) = geometry.l1_l2(first);
+        let tables = to_u64(metadata.l2.capacity() / 2).max(1);
+        let most =
+            most.min(tables.saturating_mul(geometry.entries()).saturating_sub(to_u64(l2_index)));
+        if geometry.extended {
+            return self.unmapped_units(metadata, offset, most);
+        }
+        let owned = |host: Host| host.copied || geometry.external;
         let mut guest = Run { first, count: 0 };
+        let mut reserved = None;
         while guest.count < most {
             let left = most.saturating_sub(guest.count);
-            let (mapping, count) = metadata.run(&self.file, guest.end(), left)?;
+            let (mapping, count) = metadata.lookup(&self.file, guest.end(), left)?;
             match mapping {
-                Mapping::Zero { reserved: Some(host) } if host.copied => {
+                Mapping::Zero { reserved: Some(host) } if owned(host) => {
                     if guest.count == 0 {
-                        return Ok((Run { first, count }, Some(host)));
+                        guest.count = count;
+                        reserved = Some(host);
                     }
                     break;
                 }
-                Mapping::Data(host) if host.copied => break,
+                Mapping::Data(host) if owned(host) => break,
                 _ => guest.count = guest.count.saturating_add(count),
             }
         }
-        Ok((guest, None))
+        let end = geometry.offset(guest.end());
+        Ok(Unmapped { guest, reserved, whole: true, end })
+    }
+
+    /// The same for clusters with subclusters; those from `offset` on that have data in
+    /// their place already are left out.
+    fn unmapped_units(&self, metadata: &mut Metadata, offset: u64, most: u64) -> Result<Unmapped> {
+        let geometry = self.geometry;
+        let first = geometry.index(offset);
+        let mut guest = Run { first, count: 0 };
+        let mut reserved: Option<Host> = None;
+        let mut end = offset;
+        while guest.count < most {
+            let start = geometry.offset(guest.end());
+            let (entry, bitmap) = metadata.entry_of(&self.file, guest.end())?;
+            match geometry.mapping(entry, start)? {
+                Mapping::Data(host) if host.copied || geometry.external => {
+                    let distance = geometry.offset(guest.count);
+                    let follows = match reserved {
+                        None => guest.count == 0,
+                        Some(host_of_first) => {
+                            host_of_first.offset.checked_add(distance) == Some(host.offset)
+                        }
+                    };
+                    let from = geometry.within(offset.max(start)).wrapping_shr(geometry.unit_bits());
+                    let until =
+                        (from..32).find(|unit| bitmap & unit_bits(*unit).0 != 0).unwrap_or(32);
+                    if !follows || until == from {
+                        break;
+                    }
+                    reserved.get_or_insert(host);
+                    guest.count = guest.count.saturating_add(1);
+                    end = start.saturating_add(until.saturating_mul(geometry.unit()));
+                    if until < 32 {
+                        break;
+                    }
+                }
+                Mapping::Data(_) | Mapping::Compressed { .. } => {
+                    if guest.count > 0 {
+                        break;
+                    }
+                    // All of what is read from elsewhere so far moves.
+                    let end = geometry.offset(first.saturating_add(1));
+                    let guest = Run { first, count: 1 };
+                    return Ok(Unmapped { guest, reserved: None, whole: true, end });
+                }
+                _ => {
+                    if reserved.is_some() {
+                        break;
+                    }
+                    guest.count = guest.count.saturating_add(1);
+                    end = geometry.offset(guest.end());
+                }
+            }
+        }
+        Ok(Unmapped { guest, reserved, whole: false, end })
     }
 
     /// Makes the file long enough for every cluster that was given out.
     pub(crate) fn reach(&self, metadata: &Metadata) -> Result<()> {
-        let end = self.geometry.offset(metadata.refcounts.end);
-        if end <= self.file.size() {
-            return Ok(());
-        }
-        let storage = self.writable(0)?;
-        let generous = end.checked_next_multiple_of(STEP).unwrap_or(end);
-        // A block device has the length that it has; exactly enough may still fit.
-        storage.set_len(generous).or_else(|_| storage.set_len(end))
+        reach(metadata, &**self.writable(0)?)
     }
 
     /// Fills fresh clusters with `buf` and, where it does not cover them, with what the
     /// guest clusters hold; then maps them.
     fn fill_and_map(&self, fresh: &Fresh, buf: &[u8], offset: u64) -> Result<()> {
-        let result = self.fill(fresh, buf, offset);
+        let filled = self.fill(fresh, buf, offset);
         let mut metadata = self.lock();
-        let result = result.and_then(|()| self.map(&mut metadata, fresh));
-        if result.is_err() && !fresh.reserved {
+        let result = filled.and_then(|filled| self.map(&mut metadata, fresh, filled));
+        if result.is_err() && !fresh.reserved && !self.geometry.external {
             // Nothing refers to them: they are free at once. If even that fails, they leak.
             let _ = metadata.refcounts.release(&self.file, fresh.host);
         }
-        metadata.busy.retain(|busy| *busy != fresh.guest);
-        self.idle.notify_all();
+        self.end_busy(&mut metadata, fresh.guest);
         result
     }
 
-    fn fill(&self, fresh: &Fresh, buf: &[u8], offset: u64) -> Result<()> {
+    /// Lets others at the clusters of `guest`.
+    pub(crate) fn end_busy(&self, metadata: &mut Metadata, guest: Run) {
+        metadata.busy.retain(|busy| *busy != guest);
+        self.idle.notify_all();
+    }
+
+    /// Returns what is filled now.
+    fn fill(&self, fresh: &Fresh, buf: &[u8], offset: u64) -> Result<Span> {
         let geometry = self.geometry;
-        let start = geometry.offset(fresh.guest.first);
+        let first = geometry.offset(fresh.guest.first);
         let end = offset.saturating_add(to_u64(buf.len()));
-        let stop = geometry.offset(fresh.guest.end());
-        let storage = self.writable(offset)?;
-        let host = geometry.offset(fresh.host.first);
-        if start == offset && stop == end {
-            return storage.write_at(buf, host);
+        let (start, mut stop) = if fresh.whole {
+            (first, geometry.offset(fresh.guest.end()))
+        } else {
+            let rest = geometry.unit().wrapping_sub(1);
+            (offset & !rest, end.saturating_add(rest) & !rest)
+        };
+        if geometry.external {
+            // The data file ends where the disk does.
+            stop = stop.min(self.header.size);
         }
-        let head = self.old(Span::new(start, offset.saturating_sub(start)))?;
-        let tail = self.old(Span::new(end, stop.saturating_sub(end)))?;
-        let all = [IoSlice::new(&head), IoSlice::new(buf), IoSlice::new(&tail)];
-        storage.write_vectored_at(&all, host)
+        let host = geometry.offset(fresh.host.first).saturating_add(start.saturating_sub(first));
+        if start == offset && stop == end {
+            self.store(&[IoSlice::new(buf)], host, start)?;
+        } else {
+            let head = self.old(Span::new(start, offset.saturating_sub(start)))?;
+            let tail = self.old(Span::new(end, stop.saturating_sub(end)))?;
+            let all = [IoSlice::new(&head), IoSlice::new(buf), IoSlice::new(&tail)];
+            self.store(&all, host, start)?;
+        }
+        Ok(Span::new(start, stop.saturating_sub(start)))
     }
 
     /// What the guest has in `span`, with zeroes past the end of the disk.
@@ -176,166 +296,87 @@ impl Qcow2 {
         Ok(bytes)
     }
 
-    fn map(&self, metadata: &mut Metadata, fresh: &Fresh) -> Result<()> {
-        let (l1_index, l2_index) = self.geometry.l1_l2(fresh.guest.first);
-        let table = metadata.own_table(&self.file, l1_index)?;
-        self.reach(metadata)?;
+    fn map(&self, metadata: &mut Metadata, fresh: &Fresh, filled: Span) -> Result<()> {
+        let geometry = self.geometry;
+        self.own_tables(metadata, fresh.guest)?;
         for number in 0..fresh.guest.count {
-            let host = self.geometry.offset(fresh.host.first.saturating_add(number));
-            let index = l2_index.saturating_add(to_usize(number)?);
-            self.replace(metadata, (table, index), host | COPIED, !fresh.reserved)?;
+            let cluster = fresh.guest.first.saturating_add(number);
+            let host = geometry.offset(fresh.host.first.saturating_add(number));
+            let mut bitmap = 0;
+            if geometry.extended {
+                let units = self.units_in(filled, cluster);
+                let (_, old) = metadata.entry_of(&self.file, cluster)?;
+                bitmap = if fresh.whole {
+                    ALL_ALLOCATED
+                } else {
+                    (old & !units.wrapping_shl(32)) | units
+                };
+            }
+            let free = !fresh.reserved;
+            self.replace(metadata, Change { cluster, entry: host | COPIED, bitmap, free })?;
         }
         Ok(())
     }
 
-    /// Changes entry `index` of the L2 table at `table`, and frees what it referred to.
-    fn replace(
-        &self,
-        metadata: &mut Metadata,
-        (table, index): (u64, usize),
-        entry: u64,
-        free: bool,
-    ) -> Result<()> {
-        let old = metadata
-            .l2
-            .modify(table, |entries| {
-                entries.get_mut(index).map(|slot| std::mem::replace(slot, entry))
-            })
-            .flatten()
-            .ok_or_else(|| Error::corrupt("L2 table has gone while it was changed").at(table))?;
-        if free && let Some(hosts) = metadata.hosts(self.geometry.mapping(old, 0)?) {
+    /// The allocation bits of the subclusters of `cluster` that `span` touches.
+    pub(crate) fn units_in(&self, span: Span, cluster: u64) -> u64 {
+        let geometry = self.geometry;
+        let start = geometry.offset(cluster);
+        let from = span.start.saturating_sub(start).wrapping_shr(geometry.unit_bits());
+        let until = span.end().saturating_sub(start).div_ceil(geometry.unit());
+        unit_mask(from, until.saturating_sub(from))
+    }
+
+    /// Makes sure that the L2 tables of `guest`'s clusters may be changed.
+    pub(crate) fn own_tables(&self, metadata: &mut Metadata, guest: Run) -> Result<()> {
+        let (mut l1_index, _) = self.geometry.l1_l2(guest.first);
+        let (last, _) = self.geometry.l1_l2(guest.end().saturating_sub(1));
+        while l1_index <= last {
+            metadata.own_table(&self.file, l1_index)?;
+            l1_index = l1_index.saturating_add(1);
+        }
+        self.reach(metadata)
+    }
+
+    /// Changes the entry of a cluster whose table may be changed, and frees what the old
+    /// one referred to.
+    pub(crate) fn replace(&self, metadata: &mut Metadata, change: Change) -> Result<()> {
+        let old = metadata.set_entry(change.cluster, change.entry, change.bitmap)?;
+        let guest = self.geometry.offset(change.cluster);
+        if change.free
+            && let Some(hosts) = metadata.hosts(self.geometry.mapping(old, guest)?)
+        {
             metadata.free(hosts);
         }
         Ok(())
     }
 
-    /// Makes `span` zero: whole clusters in the tables, the rest by writing.
-    pub(crate) fn zero(&self, span: Span, mode: Zeroing) -> Result<()> {
-        let geometry = self.geometry;
-        let whole = self.whole(span);
-        if whole.count == 0 || !self.can_zero() {
-            return self.zero_bytes(span);
-        }
-        let start = geometry.offset(whole.first);
-        let end = geometry.offset(whole.end()).min(self.header.size);
-        self.zero_bytes(Span::new(span.start, start.saturating_sub(span.start)))?;
-        self.zero_clusters(whole, mode)?;
-        self.zero_bytes(Span::new(end, span.end().saturating_sub(end)))
-    }
-
-    pub(crate) fn discard_clusters(&self, span: Span) -> Result<()> {
-        // Without zero clusters the backing image would show through.
-        if self.can_zero() {
-            self.zero_clusters(self.whole(span), Zeroing::MayUnmap)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Whether table entries can say that a cluster reads as zero.
-    fn can_zero(&self) -> bool {
-        self.header.version >= 3 || self.backing.is_none()
-    }
-
-    /// The clusters that lie in `span` as a whole; the disk's end completes the last one.
-    fn whole(&self, span: Span) -> Run {
-        let first = self.geometry.clusters_for(span.start);
-        let end = if span.end() == self.header.size {
-            self.geometry.clusters_for(span.end())
-        } else {
-            self.geometry.index(span.end())
-        };
-        Run { first, count: end.saturating_sub(first) }
-    }
-
-    /// Writes zeroes where the guest does not read zeroes anyway.
-    fn zero_bytes(&self, span: Span) -> Result<()> {
-        let geometry = self.geometry;
-        let zeroes = vec![0; to_usize(span.len.min(geometry.cluster()))?];
-        let mut offset = span.start;
-        while offset < span.end() {
-            let left = span.end().saturating_sub(offset);
-            let len = left.min(geometry.cluster().saturating_sub(geometry.within(offset)));
-            let extent = self.extent_at(offset)?;
-            if !(extent.kind.reads_zero() && extent.len >= len) {
-                self.write_payload(zeroes.get(..to_usize(len)?).unwrap_or_default(), offset)?;
-            }
-            offset = offset.saturating_add(len);
-        }
-        Ok(())
-    }
-
-    fn zero_clusters(&self, whole: Run, mode: Zeroing) -> Result<()> {
-        let mut next = whole.first;
-        while next < whole.end() {
-            let (l1_index, l2_index) = self.geometry.l1_l2(next);
-            let in_table = self.geometry.entries().saturating_sub(to_u64(l2_index));
-            let count = whole.end().saturating_sub(next).min(in_table);
-            let run = Run { first: next, count };
-            let mut metadata = self.wait_for(run);
-            let changes = self.changes(&mut metadata, run, mode)?;
-            if !changes.is_empty() {
-                let table = metadata.own_table(&self.file, l1_index)?;
-                self.reach(&metadata)?;
-                for (index, entry, free) in changes {
-                    self.replace(&mut metadata, (table, index), entry, free)?;
-                }
-            }
-            drop(metadata);
-            next = run.end();
-            self.make_room()?;
-        }
-        Ok(())
-    }
-
     /// The lock, at a moment when nobody is about to map clusters of `run`.
-    fn wait_for(&self, run: Run) -> MutexGuard<'_, Metadata> {
+    pub(crate) fn wait_for(&self, run: Run) -> MutexGuard<'_, Metadata> {
         let metadata = self.lock();
         self.idle
             .wait_while(metadata, |metadata| metadata.busy.iter().any(|busy| busy.overlaps(run)))
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// L2 index, new entry and whether the old clusters go, for every cluster of `run`
-    /// that does not say already that it is zero.
-    fn changes(
-        &self,
-        metadata: &mut Metadata,
-        run: Run,
-        mode: Zeroing,
-    ) -> Result<Vec<(usize, u64, bool)>> {
-        let mut changes = Vec::new();
-        let mut next = run.first;
-        while next < run.end() {
-            let left = run.end().saturating_sub(next);
-            let (mapping, count) = metadata.run(&self.file, next, left)?;
-            // What lies under a cluster without its own data: zeroes, or a backing image.
-            let covers = self.backing_from(self.geometry.offset(next)).is_some();
-            let is_blank = match mapping {
-                Mapping::Unallocated => !covers,
-                Mapping::Zero { reserved } => reserved.is_none() || mode == Zeroing::KeepAllocated,
-                Mapping::Data(_) | Mapping::Compressed { .. } => false,
-            };
-            if is_blank {
-                next = next.saturating_add(count);
-                continue;
+impl Metadata {
+    /// Changes the entry of a cluster whose table is in memory; returns the old first word.
+    pub(crate) fn set_entry(&mut self, cluster: u64, entry: u64, bitmap: u64) -> Result<u64> {
+        let (l1_index, l2_index) = self.geometry.l1_l2(cluster);
+        let words = self.geometry.words();
+        let at = l2_index.saturating_mul(words);
+        let guest = self.geometry.offset(cluster);
+        let table = self.table_offset(l1_index)?.unwrap_or(0);
+        let old = self.l2.modify(table, |entries| {
+            if words == 2
+                && let Some(slot) = entries.get_mut(at.saturating_add(1))
+            {
+                *slot = bitmap;
             }
-            let blank = if self.header.version >= 3 { ZERO } else { 0 };
-            for number in 0..count {
-                let (_, index) = self.geometry.l1_l2(next.saturating_add(number));
-                let (entry, free) = match (mapping, mode) {
-                    (Mapping::Data(host), Zeroing::KeepAllocated) if blank == ZERO => {
-                        let offset = host.offset.saturating_add(self.geometry.offset(number));
-                        let copied = if host.copied { COPIED } else { 0 };
-                        (offset | copied | ZERO, false)
-                    }
-                    (Mapping::Unallocated, _) => (blank, false),
-                    _ => (blank, true),
-                };
-                changes.push((index, entry, free));
-            }
-            next = next.saturating_add(count);
-        }
-        Ok(changes)
+            entries.get_mut(at).map(|slot| std::mem::replace(slot, entry))
+        });
+        old.flatten()
+            .ok_or_else(|| Error::corrupt("L2 table has gone while it was changed").at(guest))
     }
 }

@@ -11,10 +11,15 @@
 //!
 //! A crash between two steps leaves clusters that are counted but not referenced: a leak.
 //! Never is a cluster referenced that is not counted or whose contents are not there.
+//! While lazy refcounts have the image marked as dirty, steps 1, 2 and 5 wait for its end.
+//! An image that is no image yet is written in no order: see the module `bulk`.
+//!
 //! What a batch contains is fixed at one moment under the lock; what changes while it is
 //! written belongs to the next one.
 
+use crate::bulk;
 use crate::geometry::to_u64;
+use crate::header::{DATA_FILE_RAW, DIRTY};
 use crate::image::Qcow2;
 use crate::metadata::{Metadata, Run};
 use crate::refcounts::{SECTOR_ENTRIES, to_bytes};
@@ -46,6 +51,8 @@ impl Qcow2 {
         self.check_alive()?;
         let mut metadata = self.lock();
         if !metadata.prepared {
+            // It may have been prepared before, and finished since.
+            metadata.refcounts.metadata.clear();
             self.prepare(&mut metadata, storage)?;
             metadata.prepared = true;
         }
@@ -114,27 +121,58 @@ impl Qcow2 {
                 "the header's cluster has a reference count of 0: reference counts are missing",
             ));
         }
-        if header.autoclear_features != 0 {
-            storage.write_at(&[0; 8], 88)?;
+        // Data that this crate does not keep up to date is no longer valid.
+        let kept = if header.has_data_file() { DATA_FILE_RAW } else { 0 };
+        let mut must_flush = false;
+        if header.autoclear_features & !kept != 0 {
+            let features = header.autoclear_features & kept;
+            storage.write_at(&features.to_be_bytes(), 88)?;
+            must_flush = true;
+        }
+        if header.has_lazy_refcounts() {
+            let features = header.incompatible_features | DIRTY;
+            storage.write_at(&features.to_be_bytes(), 72)?;
+            metadata.lazy = true;
+            must_flush = true;
+        }
+        if must_flush {
             storage.flush()?;
         }
-        Ok(())
+        match &self.data {
+            Some(data) if data.size() < header.size => data.set_len(header.size),
+            _ => Ok(()),
+        }
     }
 
     /// Writes back when too many tables have changed; nothing is promised to be durable.
     pub(crate) fn make_room(&self) -> Result<()> {
-        let metadata = self.lock();
+        let mut metadata = self.lock();
         let is_crowded = metadata.l2.is_crowded() || metadata.refcounts.blocks.is_crowded();
+        if !is_crowded {
+            return Ok(());
+        }
+        if metadata.bulk.is_some() {
+            return bulk::write_tables(&mut metadata, &**self.writable(0)?)
+                .inspect_err(|_| self.failed.store(true, Ordering::Release));
+        }
         drop(metadata);
-        if is_crowded { self.write_back(false).map(drop) } else { Ok(()) }
+        self.write_back(false).map(drop)
     }
 
     pub(crate) fn flush_all(&self) -> Result<()> {
         let Some(storage) = &self.storage else { return Ok(()) };
         self.check_alive()?;
-        if !self.lock().prepared {
+        let mut metadata = self.lock();
+        if !metadata.prepared {
             return Ok(());
         }
+        if metadata.bulk.is_some() {
+            // Nobody can read it before it is finished: nothing has to be on disk yet.
+            let frees = std::mem::take(&mut metadata.frees);
+            drop(metadata);
+            return self.release(storage, frees);
+        }
+        drop(metadata);
         let frees = self.write_back(true)?;
         storage.flush().inspect_err(|_| self.failed.store(true, Ordering::Release))?;
         if !frees.is_empty() {
@@ -162,12 +200,17 @@ impl Qcow2 {
     /// Writes the refcount blocks and takes a copy of everything else that has changed.
     fn collect(&self, metadata: &mut Metadata, storage: &Arc<dyn Storage>) -> Result<Batch> {
         self.reach(metadata)?;
-        write_blocks(metadata, storage)?;
-        let refcounts = &mut metadata.refcounts;
-        let changed = std::mem::take(&mut refcounts.changed);
+        let is_late = metadata.lazy && !metadata.refcounts.blocks.is_crowded();
+        if !is_late {
+            write_blocks(metadata, storage)?;
+        }
         let mut refcount_table = Vec::new();
         let mut header = None;
-        if std::mem::take(&mut refcounts.moved) {
+        let refcounts = &mut metadata.refcounts;
+        // While the dirty bit is set, counts on disk are not to be trusted.
+        let changed =
+            if metadata.lazy { BTreeSet::new() } else { std::mem::take(&mut refcounts.changed) };
+        if !metadata.lazy && std::mem::take(&mut refcounts.moved) {
             // Nothing refers to the new place yet, so it may be written with the blocks.
             storage.write_at(&to_bytes(&refcounts.table), refcounts.table_offset)?;
             let bytes = to_u64(refcounts.table.len()).saturating_mul(8);
@@ -183,11 +226,14 @@ impl Qcow2 {
             refcount_table,
             header,
             l2: metadata.l2.start_writing(),
-            l1: sectors(&metadata.l1, self.header.l1_table_offset, &changed),
+            l1: sectors(&metadata.l1, metadata.l1_offset, &changed),
         })
     }
 
     fn write_batch(&self, batch: &Batch, storage: &Arc<dyn Storage>) -> Result<()> {
+        if let Some(data) = &self.data {
+            data.flush()?;
+        }
         let write = |pieces: &[Piece]| {
             pieces.iter().try_for_each(|(offset, bytes)| storage.write_at(bytes, *offset))
         };
@@ -215,10 +261,54 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Writes everything that makes the image whole: what a bulk image is written without,
+    /// and the reference counts that a lazy one has put off. It can be used on afterwards.
+    ///
+    /// # Errors
+    ///
+    /// I/O errors.
+    pub fn finish(&self) -> Result<()> {
+        let Some(storage) = &self.storage else { return Ok(()) };
+        self.flush_all()?;
+        let _nobody = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
+        let mut metadata = self.lock();
+        if metadata.bulk.is_some() {
+            if let Some(data) = &self.data {
+                data.flush()?;
+            }
+            return bulk::finish(&mut metadata, &**storage)
+                .inspect_err(|_| self.failed.store(true, Ordering::Release));
+        }
+        drop(metadata);
+        self.end_laziness(storage)
+    }
+
+    /// What is left to do when nobody uses the image any more; one that was never
+    /// finished stays none.
+    pub(crate) fn close(&self) -> Result<()> {
+        if self.lock().bulk.is_some() { Ok(()) } else { self.finish() }
+    }
+
+    /// Writes the reference counts that were put off, then says that the image is clean.
+    fn end_laziness(&self, storage: &Arc<dyn Storage>) -> Result<()> {
+        if !std::mem::take(&mut self.lock().lazy) {
+            return Ok(());
+        }
+        self.write_back(false)?;
+        storage.flush()?;
+        storage.write_at(&self.header.incompatible_features.to_be_bytes(), 72)?;
+        storage.flush()?;
+        // The next write marks it again.
+        self.lock().prepared = false;
+        Ok(())
+    }
+
     /// Step 5: waits for those who may still read the clusters, then gives them back.
     fn release(&self, storage: &Arc<dyn Storage>, frees: Vec<Run>) -> Result<()> {
         let _nobody = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
         let mut metadata = self.lock();
+        // A place may get other contents from here on.
+        self.inflated.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let mut unused: Option<Run> = None;
         let give_back = |run: Run| {
             let start = self.geometry.offset(run.first);
@@ -240,6 +330,9 @@ impl Qcow2 {
             }
         }
         unused.map(give_back).unwrap_or_default();
+        if metadata.lazy || metadata.bulk.is_some() {
+            return Ok(());
+        }
         write_blocks(&mut metadata, storage)
     }
 
@@ -253,7 +346,7 @@ impl Qcow2 {
 
 /// Writes the refcount blocks that have changed. Counts on disk may be higher than the
 /// references there, so this needs no order.
-fn write_blocks(metadata: &mut Metadata, storage: &Arc<dyn Storage>) -> Result<()> {
+pub(crate) fn write_blocks(metadata: &mut Metadata, storage: &Arc<dyn Storage>) -> Result<()> {
     if !metadata.refcounts.blocks.has_dirty() {
         return Ok(());
     }

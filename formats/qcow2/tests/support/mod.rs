@@ -14,7 +14,7 @@ pub fn options(size: u64, cluster_bits: u32) -> CreateOptions {
 }
 
 pub fn open(storage: &Arc<dyn Storage>, backing: Option<Arc<dyn BlockDevice>>) -> Qcow2 {
-    Qcow2::open(storage.clone(), OpenOptions { read_only: false, backing }).unwrap()
+    Qcow2::open(storage.clone(), OpenOptions { backing, ..OpenOptions::default() }).unwrap()
 }
 
 pub fn in_memory(size: u64, cluster_bits: u32) -> Arc<MemoryDevice> {
