@@ -13,10 +13,10 @@ pub(crate) const LARGEST_L1: u64 = 32 << 20;
 /// Largest refcount table: covers 2 EiB with clusters of 64 KiB.
 pub(crate) const LARGEST_REFCOUNT_TABLE: u64 = 8 << 20;
 const LONGEST_BACKING_NAME: u32 = 1023;
-const MOST_SNAPSHOTS: u32 = 65_536;
+pub(crate) const MOST_SNAPSHOTS: u32 = 65_536;
 
 pub(crate) const DIRTY: u64 = 1;
-const CORRUPT: u64 = 1 << 1;
+pub(crate) const CORRUPT: u64 = 1 << 1;
 pub(crate) const DATA_FILE: u64 = 1 << 2;
 pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
 pub(crate) const EXTENDED_L2: u64 = 1 << 4;

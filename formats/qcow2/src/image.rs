@@ -6,6 +6,7 @@ use crate::geometry::{Geometry, Mapping, to_u64};
 use crate::header::{Compression, Header};
 use crate::metadata::Metadata;
 use crate::refcounts::{Refcounts, read_table};
+use crate::repair::rebuild_refcounts;
 use crate::snapshots;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -62,14 +63,14 @@ pub struct Qcow2 {
 }
 
 impl Qcow2 {
-    /// Opens the image in `storage`.
+    /// Opens the image in `storage`. If it was not shut down cleanly and is opened for
+    /// writing, its reference counts are rebuilt first.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Denied`] if it needs a backing file or a data file that was not given,
-    /// [`ErrorKind::Unsupported`] if it is encrypted and no key was given, of an unknown
-    /// kind or, unless opened read-only, was not shut down cleanly, [`ErrorKind::Corrupt`]
-    /// if it contradicts the format.
+    /// [`ErrorKind::Unsupported`] if it is encrypted and no key was given or of an unknown
+    /// kind, [`ErrorKind::Corrupt`] if it contradicts the format.
     pub fn open(storage: Arc<dyn Storage>, options: OpenOptions) -> Result<Self> {
         if options.read_only {
             return Self::open_read_only_with(storage, options);
@@ -112,7 +113,7 @@ impl Qcow2 {
         storage: Option<Arc<dyn Storage>>,
         options: OpenOptions,
     ) -> Result<Self> {
-        let header = Header::read(&file)?;
+        let mut header = Header::read(&file)?;
         header.check_openable(options.cipher.is_some(), options.data_file.is_some())?;
         if let (Some(wanted), None) = (&header.backing, &options.backing) {
             return Err(Error::new(
@@ -126,12 +127,9 @@ impl Qcow2 {
             )
             .at(72));
         }
-        if storage.is_some() && header.is_dirty() {
-            return Err(Error::unsupported(
-                "image was not shut down cleanly: it can be read, but not written before its \
-                 reference counts are rebuilt",
-            )
-            .at(72));
+        if let Some(storage) = storage.as_ref().filter(|_| header.is_dirty()) {
+            rebuild_refcounts(&**storage)?;
+            header = Header::read(&file)?;
         }
         // Refused now rather than when its reference counts are needed.
         snapshots::read(&file, &header)?;

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod bitmaps;
 mod bulk;
 mod cache;
 mod check;
@@ -22,23 +23,27 @@ mod compressed;
 mod create;
 mod encode;
 mod extensions;
+mod first_cluster;
 mod geometry;
 mod header;
 mod image;
+mod layout;
 mod metadata;
 mod packed;
 mod payload;
 mod read;
 mod refcounts;
 mod repair;
+mod shape;
 mod snapshots;
 mod write;
 mod writeback;
 mod zero;
 
-pub use check::{Report, check};
+pub use check::{check, check_read_only};
 pub use create::{CreateOptions, DataFile, Preallocation, create, create_for_writing, create_over};
 pub use header::{Backing, Compression, Encryption, Header, MAGIC};
 pub use image::{OpenOptions, Qcow2};
 pub use packed::{PackedQcow2, create_packed};
-pub use repair::repair_leaks;
+pub use repair::{rebuild_refcounts, repair_leaks};
+pub use snapshots::{Snapshot, snapshots};

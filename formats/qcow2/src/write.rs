@@ -201,7 +201,8 @@ impl Qcow2 {
                             host_of_first.offset.checked_add(distance) == Some(host.offset)
                         }
                     };
-                    let from = geometry.within(offset.max(start)).wrapping_shr(geometry.unit_bits());
+                    let from =
+                        geometry.within(offset.max(start)).wrapping_shr(geometry.unit_bits());
                     let until =
                         (from..32).find(|unit| bitmap & unit_bits(*unit).0 != 0).unwrap_or(32);
                     if !follows || until == from {

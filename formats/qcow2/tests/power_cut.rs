@@ -11,7 +11,7 @@ mod support;
 use std::sync::{Arc, Mutex};
 use support::{contents, in_memory, open, pattern};
 use tranship_block::{BlockDevice, Extent, MemoryDevice, Result, Span, Storage, Zeroing};
-use tranship_qcow2::{Qcow2, check};
+use tranship_qcow2::{Qcow2, check_read_only};
 
 /// What a block device has where nothing was written: nobody may rely on zeroes.
 const STALE: u8 = 0x5b;
@@ -103,7 +103,7 @@ fn inspect(
     now: &[Vec<u8>],
 ) {
     let device = Arc::new(MemoryDevice::read_only(disk));
-    let report = check(&device).unwrap();
+    let report = check_read_only(&device).unwrap();
     assert_eq!(report.corruptions, 0, "{:?}", report.details);
     let image = Qcow2::open_read_only(device, backing.cloned()).unwrap();
     let found = contents(&image);

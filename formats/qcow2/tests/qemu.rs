@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use support::{Op, apply, contents, has_qemu_img, open, options, pattern, qemu_img, raw_by_qemu};
 use tranship_block::{BlockDevice, Span, Storage, Zeroing};
-use tranship_qcow2::{Qcow2, check, create};
+use tranship_qcow2::{Qcow2, check_read_only, create};
 use tranship_raw::{Access, RawFile};
 
 const SIZE: usize = 3 << 20;
@@ -89,7 +89,7 @@ fn images_made_by_qemu_read_and_change_alike() {
             image.read_at(piece, number as u64 * 7000).unwrap();
         }
         assert!(pieces == model, "{name}: contents differ when read in pieces");
-        let report = check(&read_only(&path)).unwrap();
+        let report = check_read_only(&read_only(&path)).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{name}: {:?}", report.details);
 
         let image = open(&storage(&path), None);
@@ -97,7 +97,7 @@ fn images_made_by_qemu_read_and_change_alike() {
         drop(image);
         clean_by_qemu(&path);
         assert!(raw_by_qemu(folder.path(), &path) == model, "{name}: qemu sees other contents");
-        let report = check(&read_only(&path)).unwrap();
+        let report = check_read_only(&read_only(&path)).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{name}: {:?}", report.details);
     }
 }
