@@ -2,15 +2,14 @@
 //! Compressed grains: a marker with guest sector and size, then a zlib stream (RFC 1950).
 
 use crate::SECTOR;
-use crate::header::Header;
+use crate::footer::MARKER;
+use crate::layout::Layout;
 use libdeflater::{DecompressionError, Decompressor};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use tranship_block::{BlockDevice, Error, LittleEndian, Result, Span};
 
-/// Bytes of a grain marker: u64 sector, u32 size.
-pub(crate) const MARKER: u64 = 12;
 /// Inflated bytes that an extent keeps for readers of small pieces.
 const CACHE: u64 = 2 << 20;
 
@@ -20,8 +19,8 @@ thread_local! {
 
 /// Most bytes that a compressed grain may have: deflate adds little to incompressible
 /// data, and a larger number is an attack.
-pub(crate) fn max_stored(header: &Header) -> u64 {
-    header.grain.get().saturating_mul(2).saturating_add(MARKER)
+pub(crate) fn max_stored(layout: &Layout) -> u64 {
+    layout.grain.get().saturating_mul(2).saturating_add(MARKER)
 }
 
 /// Inflates grain `index`, whose marker is at byte `at` of `file`, into `grain`, which has
@@ -29,7 +28,7 @@ pub(crate) fn max_stored(header: &Header) -> u64 {
 /// as they have been read already.
 pub(crate) fn inflate(
     file: &dyn BlockDevice,
-    header: &Header,
+    layout: &Layout,
     (index, at): (u64, u64),
     stored: &[u8],
     grain: &mut [u8],
@@ -37,23 +36,23 @@ pub(crate) fn inflate(
     let fields = LittleEndian(stored, "grain marker");
     let lba = fields.u64("lba", 0)?;
     let size = u64::from(fields.u32("size", 8)?);
-    let expected = index.saturating_mul(header.grain.get() / SECTOR);
+    let expected = index.saturating_mul(layout.grain.get() / SECTOR);
     if lba != expected {
         return Err(Error::corrupt(format!(
             "marker of grain {index} is for guest sector {lba}, expected {expected}"
         ))
         .at(at));
     }
-    if size == 0 || size > max_stored(header) {
+    if size == 0 || size > max_stored(layout) {
         return Err(Error::corrupt(format!(
             "compressed size of grain {index} is {size} bytes, expected 1 to {}",
-            max_stored(header)
+            max_stored(layout)
         ))
         .at(at));
     }
     let len = usize::try_from(size).unwrap_or(usize::MAX);
     if let Ok(data) = fields.bytes("data", 12, len) {
-        return inflate_stream((index, at), header, data, grain);
+        return inflate_stream((index, at), layout, data, grain);
     }
     let start = at.saturating_add(MARKER);
     if Span::new(start, size).check_within(file.size()).is_err() {
@@ -65,12 +64,12 @@ pub(crate) fn inflate(
     }
     let mut data = vec![0; len];
     file.read_at(&mut data, start)?;
-    inflate_stream((index, at), header, &data, grain)
+    inflate_stream((index, at), layout, &data, grain)
 }
 
 fn inflate_stream(
     (index, at): (u64, u64),
-    header: &Header,
+    layout: &Layout,
     data: &[u8],
     grain: &mut [u8],
 ) -> Result<()> {
@@ -86,18 +85,12 @@ fn inflate_stream(
         }
     };
     // Some writers cut the last grain to the capacity; any other must be whole.
-    let needed = needed_len(header, index);
+    let needed = layout.needed_len(index);
     if u64::try_from(len).unwrap_or(u64::MAX) < needed {
         return corrupt(format!("grain {index} inflates to {len} bytes, expected {needed}"));
     }
     grain.get_mut(len..).unwrap_or_default().fill(0);
     Ok(())
-}
-
-/// Bytes of grain `index` that lie within the capacity.
-pub(crate) fn needed_len(header: &Header, index: u64) -> u64 {
-    let start = index.saturating_mul(header.grain.get());
-    header.capacity.saturating_sub(start).min(header.grain.get())
 }
 
 /// The grains inflated last, for guests and servers that read less than a grain at a time.

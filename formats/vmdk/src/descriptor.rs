@@ -101,6 +101,24 @@ fn key_value(line: &str) -> Option<(String, &str)> {
     Some((key.trim().to_ascii_lowercase(), value))
 }
 
+/// The descriptor `text` with another content id; none if it has none to begin with.
+pub(crate) fn with_cid(text: &[u8], cid: u32) -> Option<Vec<u8>> {
+    let mut start = 0_usize;
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        let end = start.checked_add(line.len())?;
+        let parts = std::str::from_utf8(line).ok().and_then(|line| line.split_once('='));
+        if let Some((key, value)) = parts
+            && key.trim().eq_ignore_ascii_case("cid")
+        {
+            let ending = value.get(value.trim_end().len()..).unwrap_or_default();
+            let new = format!("{key}={cid:08x}{ending}");
+            return Some([text.get(..start)?, new.as_bytes(), text.get(end..)?].concat());
+        }
+        start = end;
+    }
+    None
+}
+
 fn content_id(name: &str, text: &str) -> Result<u32> {
     Some(text)
         .filter(|text| text.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -153,6 +171,14 @@ mod tests {
         assert_eq!(descriptor.database["adaptertype"], "lsilogic");
         assert_eq!(descriptor.database["uuid"], "60 00");
         assert_eq!(descriptor.warnings, ["descriptor line 9 is not understood"]);
+    }
+
+    #[test]
+    fn the_content_id_is_replaced_where_it_is() {
+        let text = b"version=1\r\nparentCID=1\r\nCID=12345678\r\nx=\xff\n\0\0";
+        let new = with_cid(text, 0xabc).unwrap();
+        assert_eq!(new, b"version=1\r\nparentCID=1\r\nCID=00000abc\r\nx=\xff\n\0\0");
+        assert_eq!(with_cid(b"parentCID=1\n", 1), None);
     }
 
     #[test]

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The open disk: extents in a row, read like any other device.
+//! The open disk: extents in a row, used like any other device.
 
-use crate::line::ExtentType;
-use crate::sparse::{Place, SparseExtent};
+use crate::identity::Identity;
+use crate::layout::Place;
+use crate::line::{Access, ExtentType};
+use crate::sparse::SparseExtent;
 use crate::{Descriptor, Parent};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Slice, Span, Zeroing};
 
-/// A VMDK disk, opened for reading.
+/// An open VMDK disk.
 #[derive(Debug)]
 pub struct Vmdk {
     pieces: Vec<Piece>,
@@ -15,6 +18,10 @@ pub struct Vmdk {
     descriptor: Descriptor,
     parent: Option<Parent>,
     warnings: Vec<String>,
+    /// What changes when the disk is written; none if it must not be.
+    identity: Option<Identity>,
+    /// Files of flat extents that may be written, each once.
+    flat_files: Vec<Arc<dyn BlockDevice>>,
 }
 
 /// An extent and its place in the disk.
@@ -23,6 +30,7 @@ pub(crate) struct Piece {
     pub(crate) start: u64,
     pub(crate) len: u64,
     pub(crate) kind: ExtentType,
+    pub(crate) access: Access,
     pub(crate) name: Option<String>,
     pub(crate) backing: Backing,
 }
@@ -33,6 +41,26 @@ pub(crate) enum Backing {
     Zero,
     Flat(Slice),
     Sparse(Box<SparseExtent>),
+}
+
+/// The disk below an extent that starts at byte `start` of its own disk.
+pub(crate) struct Below<'a> {
+    disk: &'a Vmdk,
+    start: u64,
+}
+
+impl Below<'_> {
+    /// Fills `buf` with what is below byte `at` of the extent.
+    pub(crate) fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        self.disk.read_below(buf, self.start.saturating_add(at))
+    }
+
+    /// How many of the `len` bytes below byte `at` of the extent are known to be zero
+    /// before the first that may be data.
+    pub(crate) fn zeroes(&self, at: u64, len: u64) -> Result<u64> {
+        let extent = self.disk.extent_below(self.start.saturating_add(at), len)?;
+        Ok(if extent.kind.reads_zero() { extent.len } else { 0 })
+    }
 }
 
 /// What `info` shows about an extent.
@@ -59,7 +87,18 @@ impl Vmdk {
         mut warnings: Vec<String>,
     ) -> Self {
         warnings.extend(descriptor.warnings.iter().cloned());
-        Self { pieces, size, descriptor, parent, warnings }
+        Self { pieces, size, descriptor, parent, warnings, identity: None, flat_files: Vec::new() }
+    }
+
+    /// The same disk, to be written.
+    pub(crate) fn writable(
+        mut self,
+        identity: Identity,
+        flat_files: Vec<Arc<dyn BlockDevice>>,
+    ) -> Self {
+        self.identity = Some(identity);
+        self.flat_files = flat_files;
+        self
     }
 
     /// The kind of disk in VMware's words, for example `monolithicSparse`; empty if the
@@ -68,9 +107,10 @@ impl Vmdk {
         &self.descriptor.create_type
     }
 
-    /// The content id.
+    /// The content id, which changes with the first write after opening.
     pub fn cid(&self) -> Option<u32> {
-        self.descriptor.cid
+        let now = self.identity.as_ref().map(Identity::cid);
+        self.descriptor.cid.map(|cid| now.unwrap_or(cid))
     }
 
     /// The content id that the parent must have, if the disk is a snapshot.
@@ -82,7 +122,7 @@ impl Vmdk {
     pub fn extents(&self) -> Vec<ExtentInfo> {
         let info = |piece: &Piece| {
             let header = match &piece.backing {
-                Backing::Sparse(extent) => Some(extent.header()),
+                Backing::Sparse(extent) => Some(extent.layout()),
                 Backing::Zero | Backing::Flat(_) => None,
             };
             ExtentInfo {
@@ -104,6 +144,50 @@ impl Vmdk {
     /// What was wrong with the disk and could be worked around.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// What could not be read so far and became zeroes, in a disk that is salvaged; what
+    /// tables alone tell is among the warnings already.
+    pub fn losses(&self) -> Vec<String> {
+        let sparse = self.pieces.iter().filter_map(Piece::sparse);
+        sparse.flat_map(SparseExtent::losses).collect()
+    }
+
+    /// Checks a range that is to be changed, and changes the content id.
+    fn check_write(&self, span: Span) -> Result<()> {
+        let Some(identity) = &self.identity else {
+            return Err(Error::usage("device is read-only").at(span.start));
+        };
+        span.check_within(self.size)?;
+        if span.is_empty() { Ok(()) } else { identity.touch() }
+    }
+
+    /// Does `work` to the part of every extent that `span` touches: the extent, the part
+    /// in its own bytes, and where the part starts in the disk.
+    fn for_pieces(
+        &self,
+        span: Span,
+        mut work: impl FnMut(&Piece, Span, u64) -> Result<()>,
+    ) -> Result<()> {
+        let mut offset = span.start;
+        while offset < span.end() {
+            let piece = self.piece_at(offset)?;
+            let within = offset.saturating_sub(piece.start);
+            let left = piece.len.saturating_sub(within);
+            let len = span.end().saturating_sub(offset).min(left);
+            if piece.access != Access::ReadWrite {
+                return Err(
+                    piece.blame(Error::usage("the extent is marked RDONLY or NOACCESS").at(offset))
+                );
+            }
+            work(piece, Span::new(within, len), offset).map_err(|error| piece.blame(error))?;
+            offset = offset.saturating_add(len);
+        }
+        Ok(())
+    }
+
+    fn below<'a>(&'a self, piece: &Piece) -> Below<'a> {
+        Below { disk: self, start: piece.start }
     }
 
     /// The extent that byte `offset` of the disk lies in.
@@ -139,6 +223,13 @@ impl Vmdk {
 }
 
 impl Piece {
+    pub(crate) fn sparse(&self) -> Option<&SparseExtent> {
+        match &self.backing {
+            Backing::Sparse(extent) => Some(extent),
+            Backing::Zero | Backing::Flat(_) => None,
+        }
+    }
+
     fn read(&self, disk: &Vmdk, buf: &mut [u8], within: u64) -> Result<()> {
         match &self.backing {
             Backing::Zero => {
@@ -146,9 +237,7 @@ impl Piece {
                 Ok(())
             }
             Backing::Flat(slice) => slice.read_at(buf, within),
-            Backing::Sparse(extent) => extent.read(buf, within, &|part, at| {
-                disk.read_below(part, self.start.saturating_add(at))
-            }),
+            Backing::Sparse(extent) => extent.read(buf, within, &disk.below(self)),
         }
     }
 
@@ -161,7 +250,7 @@ impl Piece {
                 match place {
                     Place::Absent => disk.extent_below(self.start.saturating_add(within), len),
                     Place::Zero => Ok(Extent::new(ExtentKind::Zero, len)),
-                    Place::Stored(_) if extent.header().compressed => {
+                    Place::Stored(_) if extent.layout().compressed => {
                         let data = Extent::new(ExtentKind::Data, len);
                         Ok(Extent { compressed: true, ..data })
                     }
@@ -185,12 +274,12 @@ impl BlockDevice for Vmdk {
     }
 
     fn is_read_only(&self) -> bool {
-        true
+        self.identity.is_none()
     }
 
     fn preferred_block(&self) -> u32 {
         let grains = self.pieces.iter().filter_map(|piece| match &piece.backing {
-            Backing::Sparse(extent) => u32::try_from(extent.header().grain.get()).ok(),
+            Backing::Sparse(extent) => u32::try_from(extent.layout().grain.get()).ok(),
             Backing::Zero | Backing::Flat(_) => None,
         });
         grains.max().unwrap_or(4096)
@@ -212,12 +301,37 @@ impl BlockDevice for Vmdk {
         Ok(())
     }
 
-    fn write_zeroes(&self, span: Span, _mode: Zeroing) -> Result<()> {
-        Err(Error::usage("device is read-only").at(span.start))
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let span = Span::new(offset, u64::try_from(buf.len()).unwrap_or(u64::MAX));
+        self.check_write(span)?;
+        self.for_pieces(span, |piece, part, start| {
+            let from = usize::try_from(start.saturating_sub(offset)).unwrap_or(usize::MAX);
+            let len = usize::try_from(part.len).unwrap_or(usize::MAX);
+            let now = buf.get(from..).and_then(|tail| tail.get(..len)).unwrap_or_default();
+            match &piece.backing {
+                Backing::Zero => Err(Error::usage("the extent is of type ZERO").at(start)),
+                Backing::Flat(slice) => slice.write_at(now, part.start),
+                Backing::Sparse(extent) => extent.write(now, part.start, &self.below(piece)),
+            }
+        })
+    }
+
+    fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
+        self.check_write(span)?;
+        self.for_pieces(span, |piece, part, _| match &piece.backing {
+            Backing::Zero => Ok(()),
+            Backing::Flat(slice) => slice.write_zeroes(part, mode),
+            Backing::Sparse(extent) => extent.zero(part, mode, &self.below(piece)),
+        })
     }
 
     fn discard(&self, span: Span) -> Result<()> {
-        Err(Error::usage("device is read-only").at(span.start))
+        self.check_write(span)?;
+        self.for_pieces(span, |piece, part, _| match &piece.backing {
+            Backing::Zero => Ok(()),
+            Backing::Flat(slice) => slice.discard(part),
+            Backing::Sparse(extent) => extent.discard(part, &self.below(piece)),
+        })
     }
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
@@ -228,6 +342,20 @@ impl BlockDevice for Vmdk {
     }
 
     fn flush(&self) -> Result<()> {
-        Ok(())
+        for piece in &self.pieces {
+            if let Some(extent) = piece.sparse() {
+                extent.flush().map_err(|error| piece.blame(error))?;
+            }
+        }
+        self.flat_files.iter().try_for_each(|file| file.flush())
+    }
+}
+
+impl Drop for Vmdk {
+    fn drop(&mut self) {
+        if self.identity.as_ref().is_some_and(Identity::has_changed) {
+            // Errors have nobody to go to here: who needs to know calls flush first.
+            let _ = self.flush();
+        }
     }
 }

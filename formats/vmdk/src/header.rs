@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The 512-byte header of a hosted sparse extent, and its copy at the end of streams.
 
-use crate::SECTOR;
+use crate::layout::{Entries, Layout};
+use crate::line::ExtentType;
+use crate::{SECTOR, footer};
 use std::num::NonZeroU64;
 use tranship_block::{BlockDevice, Error, LittleEndian, Result, Span};
 
@@ -10,13 +12,23 @@ pub(crate) const MAGIC: &[u8; 4] = b"KDMV";
 /// Size of the header in bytes, as a length of a buffer.
 pub(crate) const HEADER_LEN: usize = 512;
 
-const FLAG_NEWLINE_TEST: u32 = 1;
-const FLAG_REDUNDANT_DIRECTORY: u32 = 1 << 1;
-const FLAG_ZEROED_GRAIN: u32 = 1 << 2;
-const FLAG_MARKERS: u32 = 1 << 17;
-const DIRECTORY_AT_END: u64 = u64::MAX;
+/// The newline test at byte 73 is filled in.
+pub(crate) const FLAG_NEWLINE_TEST: u32 = 1;
+/// There is a second copy of directory and tables.
+pub(crate) const FLAG_REDUNDANT_DIRECTORY: u32 = 1 << 1;
+/// Table entries of 1 stand for grains of zeroes.
+pub(crate) const FLAG_ZEROED_GRAIN: u32 = 1 << 2;
+/// Grains are compressed.
+pub(crate) const FLAG_COMPRESSED: u32 = 1 << 16;
+/// Grains and metadata are preceded by markers.
+pub(crate) const FLAG_MARKERS: u32 = 1 << 17;
+/// The `gdOffset` of streams, whose footer has the real one.
+pub(crate) const DIRECTORY_AT_END: u64 = u64::MAX;
+/// What the newline test has to read.
+pub(crate) const NEWLINES: &[u8; 4] = b"\n \r\n";
 
-const MAX_GRAIN: u64 = 1 << 30;
+/// Largest grain in bytes.
+pub(crate) const MAX_GRAIN: u64 = 1 << 30;
 /// Compressed grains are inflated whole, so their size is memory that an image can demand.
 const MAX_COMPRESSED_GRAIN: u64 = 16 << 20;
 const MAX_TABLE_ENTRIES: u32 = 512;
@@ -24,144 +36,123 @@ const MAX_TABLE_ENTRIES: u32 = 512;
 pub(crate) const MAX_DIRECTORY_ENTRIES: u64 = 32 << 20;
 const MAX_DESCRIPTOR: u64 = 64 << 10;
 
-/// A header whose numbers have been checked against the limits of the format.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    /// Guest-visible size in bytes.
-    pub(crate) capacity: u64,
-    /// Bytes per grain, a power of two.
-    pub(crate) grain: NonZeroU64,
-    /// Grains per grain table.
-    pub(crate) table_entries: NonZeroU64,
-    /// Tables that cover the capacity.
-    pub(crate) directory_entries: u64,
-    /// Where the embedded descriptor is.
-    pub(crate) descriptor: Option<Span>,
-    /// Byte offset of the grain directory; none if only a footer knows it.
-    pub(crate) directory: Option<u64>,
-    /// Byte offset of the second copy of the grain directory.
-    pub(crate) redundant: Option<u64>,
-    /// Whether table entries of 1 stand for grains of zeroes.
-    pub(crate) zeroed_grains: bool,
-    /// Whether grains are zlib streams behind a marker.
-    pub(crate) compressed: bool,
-    /// Whether the last writer did not finish.
-    pub(crate) unclean: bool,
+/// Checks the 512 bytes of a header.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Layout> {
+    let fields = LittleEndian(bytes, "VMDK sparse header");
+    let magic = fields.bytes("magicNumber", 0, 4)?;
+    if magic != MAGIC {
+        return Err(Error::corrupt(format!("magicNumber is {magic:02x?}, expected KDMV")));
+    }
+    let version = fields.u32("version", 4)?;
+    if !(1..=3).contains(&version) {
+        return Err(Error::unsupported(format!("VMDK version is {version}, expected 1 to 3")));
+    }
+    let flags = fields.u32("flags", 8)?;
+    if flags & FLAG_NEWLINE_TEST != 0 && fields.bytes("newline test", 73, 4)? != NEWLINES {
+        return Err(Error::corrupt(
+            "newline test of the VMDK header failed: the file was transferred in text mode",
+        ));
+    }
+    let compression = fields.u16("compressAlgorithm", 77)?;
+    if compression > 1 {
+        return Err(Error::unsupported(format!(
+            "compressAlgorithm is {compression}, expected 0 (none) or 1 (deflate)"
+        )));
+    }
+    let compressed = compression == 1;
+    if compressed && flags & FLAG_MARKERS == 0 {
+        return Err(Error::unsupported("compressed grains without markers"));
+    }
+    let capacity = bytes_of("capacity", fields.u64("capacity", 12)?)?;
+    let grain = grain_size(fields.u64("grainSize", 20)?, compressed)?;
+    let table_entries = fields.u32("numGTEsPerGT", 44)?;
+    let table_entries = Some(table_entries)
+        .filter(|count| *count <= MAX_TABLE_ENTRIES)
+        .and_then(|count| NonZeroU64::new(u64::from(count)))
+        .ok_or_else(|| {
+            Error::corrupt(format!("numGTEsPerGT is {table_entries}, expected 1 to 512"))
+        })?;
+    let covered = grain.get().saturating_mul(table_entries.get());
+    let directory_entries = capacity.div_ceil(covered);
+    if directory_entries > MAX_DIRECTORY_ENTRIES {
+        return Err(Error::corrupt(format!(
+            "capacity of {capacity} bytes needs {directory_entries} grain directory entries, \
+             expected at most {MAX_DIRECTORY_ENTRIES}"
+        )));
+    }
+    let redundant = fields.u64("rgdOffset", 48)?;
+    let directory = fields.u64("gdOffset", 56)?;
+    Ok(Layout {
+        kind: ExtentType::Sparse,
+        capacity,
+        grain,
+        table_entries,
+        directory_entries,
+        entries: Entries::Sectors { zeroed: flags & FLAG_ZEROED_GRAIN != 0 },
+        descriptor: descriptor_span(fields)?,
+        directory: match directory {
+            DIRECTORY_AT_END => None,
+            sectors => Some(bytes_of("gdOffset", sectors)?),
+        },
+        redundant: if flags & FLAG_REDUNDANT_DIRECTORY != 0 && redundant != 0 {
+            Some(bytes_of("rgdOffset", redundant)?)
+        } else {
+            None
+        },
+        // Only a hint for scans, not worth refusing a disk.
+        overhead: fields.u64("overHead", 64)?.saturating_mul(SECTOR),
+        compressed,
+        unclean: fields.u8("uncleanShutdown", 72)? != 0,
+    })
 }
 
-impl Header {
-    /// Checks the 512 bytes of a header.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
-        let fields = LittleEndian(bytes, "VMDK sparse header");
-        let magic = fields.bytes("magicNumber", 0, 4)?;
-        if magic != MAGIC {
-            return Err(Error::corrupt(format!("magicNumber is {magic:02x?}, expected KDMV")));
-        }
-        let version = fields.u32("version", 4)?;
-        if !(1..=3).contains(&version) {
-            return Err(Error::unsupported(format!("VMDK version is {version}, expected 1 to 3")));
-        }
-        let flags = fields.u32("flags", 8)?;
-        if flags & FLAG_NEWLINE_TEST != 0 && fields.bytes("newline test", 73, 4)? != b"\n \r\n" {
-            return Err(Error::corrupt(
-                "newline test of the VMDK header failed: the file was transferred in text mode",
-            ));
-        }
-        let compression = fields.u16("compressAlgorithm", 77)?;
-        if compression > 1 {
-            return Err(Error::unsupported(format!(
-                "compressAlgorithm is {compression}, expected 0 (none) or 1 (deflate)"
-            )));
-        }
-        let compressed = compression == 1;
-        if compressed && flags & FLAG_MARKERS == 0 {
-            return Err(Error::unsupported("compressed grains without markers"));
-        }
-        let capacity = bytes_of("capacity", fields.u64("capacity", 12)?)?;
-        let grain = grain_size(fields.u64("grainSize", 20)?, compressed)?;
-        let table_entries = fields.u32("numGTEsPerGT", 44)?;
-        let table_entries = Some(table_entries)
-            .filter(|count| *count <= MAX_TABLE_ENTRIES)
-            .and_then(|count| NonZeroU64::new(u64::from(count)))
-            .ok_or_else(|| {
-                Error::corrupt(format!("numGTEsPerGT is {table_entries}, expected 1 to 512"))
-            })?;
-        let covered = grain.get().saturating_mul(table_entries.get());
-        let directory_entries = capacity.div_ceil(covered);
-        if directory_entries > MAX_DIRECTORY_ENTRIES {
-            return Err(Error::corrupt(format!(
-                "capacity of {capacity} bytes needs {directory_entries} grain directory entries, \
-                 expected at most {MAX_DIRECTORY_ENTRIES}"
-            )));
-        }
-        let redundant = fields.u64("rgdOffset", 48)?;
-        let directory = fields.u64("gdOffset", 56)?;
-        Ok(Self {
-            capacity,
-            grain,
-            table_entries,
-            directory_entries,
-            descriptor: descriptor_span(fields)?,
-            directory: match directory {
-                DIRECTORY_AT_END => None,
-                sectors => Some(bytes_of("gdOffset", sectors)?),
-            },
-            redundant: if flags & FLAG_REDUNDANT_DIRECTORY != 0 && redundant != 0 {
-                Some(bytes_of("rgdOffset", redundant)?)
-            } else {
-                None
-            },
-            zeroed_grains: flags & FLAG_ZEROED_GRAIN != 0,
-            compressed,
-            unclean: fields.u8("uncleanShutdown", 72)? != 0,
-        })
+/// Reads the header at the front of `file` alone.
+pub(crate) fn read_front(file: &dyn BlockDevice) -> Result<Layout> {
+    let mut bytes = [0; HEADER_LEN];
+    if file.size() < SECTOR {
+        return Err(Error::corrupt(format!(
+            "file of {} bytes ends inside the VMDK sparse header",
+            file.size()
+        )));
     }
+    file.read_at(&mut bytes, 0)?;
+    parse(&bytes)
+}
 
-    /// Reads the header at the front of `file`, and its footer where that is needed.
-    pub(crate) fn read(file: &dyn BlockDevice) -> Result<Self> {
-        let mut bytes = [0; HEADER_LEN];
-        if file.size() < SECTOR {
-            return Err(Error::corrupt(format!(
-                "file of {} bytes ends inside the VMDK sparse header",
-                file.size()
-            )));
-        }
-        file.read_at(&mut bytes, 0)?;
-        let header = Self::parse(&bytes)?;
-        if header.directory.is_some() {
-            return Ok(header);
-        }
-        let footer = find_footer(file)?;
-        if (footer.capacity, footer.grain, footer.table_entries, footer.compressed)
-            != (header.capacity, header.grain, header.table_entries, header.compressed)
-        {
-            return Err(Error::corrupt(
-                "the footer of the VMDK stream contradicts its header in capacity, grain size, \
-                 table size or compression",
-            ));
-        }
-        Ok(Self { descriptor: header.descriptor, ..footer })
+/// Reads the header at the front of `file`, and its footer where that is needed. A stream
+/// without a footer comes back without a directory.
+pub(crate) fn read(file: &dyn BlockDevice) -> Result<Layout> {
+    let header = read_front(file)?;
+    if header.directory.is_some() {
+        return Ok(header);
     }
-
-    /// Bytes that one grain table occupies, without padding.
-    pub(crate) fn table_len(&self) -> u64 {
-        self.table_entries.get().saturating_mul(4)
-    }
-
-    /// Grains that cover the capacity; the last may be short.
-    pub(crate) fn grains(&self) -> u64 {
-        self.capacity.div_ceil(self.grain.get())
+    match footer::find(file, &header)? {
+        Some(footer) => merge(&header, footer),
+        None => Ok(header),
     }
 }
 
-fn bytes_of(name: &str, sectors: u64) -> Result<u64> {
+/// The header of a stream with the places that its footer knows.
+pub(crate) fn merge(header: &Layout, footer: Layout) -> Result<Layout> {
+    if (footer.capacity, footer.grain, footer.table_entries, footer.compressed)
+        != (header.capacity, header.grain, header.table_entries, header.compressed)
+    {
+        return Err(Error::corrupt(
+            "the footer of the VMDK stream contradicts its header in capacity, grain size, \
+             table size or compression",
+        ));
+    }
+    Ok(Layout { descriptor: header.descriptor, overhead: header.overhead, ..footer })
+}
+
+pub(crate) fn bytes_of(name: &str, sectors: u64) -> Result<u64> {
     sectors
         .checked_mul(SECTOR)
         .filter(|bytes| i64::try_from(*bytes).is_ok())
         .ok_or_else(|| Error::corrupt(format!("{name} is {sectors} sectors, more than 2^63 bytes")))
 }
 
-fn grain_size(sectors: u64, compressed: bool) -> Result<NonZeroU64> {
+pub(crate) fn grain_size(sectors: u64, compressed: bool) -> Result<NonZeroU64> {
     let grain = sectors.saturating_mul(SECTOR);
     if !sectors.is_power_of_two() || sectors < 8 || grain > MAX_GRAIN {
         return Err(Error::corrupt(format!(
@@ -190,40 +181,6 @@ fn descriptor_span(fields: LittleEndian<'_>) -> Result<Option<Span>> {
         .at(start));
     }
     Ok(Some(Span::new(start, len)))
-}
-
-/// Finds the footer: 1024 bytes before the end if nothing follows the end-of-stream
-/// marker, further in front if a tar or a download left padding behind it.
-fn find_footer(file: &dyn BlockDevice) -> Result<Header> {
-    for window in [3 * SECTOR, 4 << 20] {
-        let end = (file.size() / SECTOR).saturating_mul(SECTOR);
-        let start = end.saturating_sub(window);
-        let len = end.saturating_sub(start);
-        let mut tail = vec![0; usize::try_from(len).unwrap_or(0)];
-        file.read_at(&mut tail, start)?;
-        let (sectors, _) = tail.as_chunks::<HEADER_LEN>();
-        for pair in sectors.windows(2).rev() {
-            let [marker, candidate] = pair else { continue };
-            if !is_footer_marker(marker) || !candidate.starts_with(MAGIC) {
-                continue;
-            }
-            let found = Header::parse(candidate)?;
-            if found.directory.is_none() {
-                return Err(Error::corrupt("the footer names no grain directory").at(start));
-            }
-            return Ok(found);
-        }
-    }
-    Err(Error::corrupt(
-        "the grain directory should be named by a footer, and the file ends without one: \
-         the stream is truncated",
-    )
-    .at(file.size()))
-}
-
-fn is_footer_marker(sector: &[u8]) -> bool {
-    let fields = LittleEndian(sector, "marker");
-    matches!((fields.u32("size", 8), fields.u32("type", 12)), (Ok(0), Ok(3)))
 }
 
 #[cfg(test)]
@@ -272,16 +229,17 @@ pub(crate) mod tests {
         for (at, patch, kind, text) in cases {
             let mut bytes = header(2048, 0, 0, 1);
             bytes[*at..at + patch.len()].copy_from_slice(patch);
-            let error = Header::parse(&bytes).unwrap_err();
+            let error = parse(&bytes).unwrap_err();
             assert_eq!(error.kind(), *kind, "{error}");
             assert!(error.to_string().contains(text), "{error}");
         }
-        assert!(Header::parse(&header(2048, 0, 0, 1)[..70]).is_err());
+        assert!(parse(&header(2048, 0, 0, 1)[..70]).is_err());
     }
 
     #[test]
     fn a_footer_is_found_behind_padding() {
         let mut stream = header(2048, 1 << 17, 0, u64::MAX);
+        stream[64] = 8;
         stream.resize(4096, 0);
         let mut marker = vec![0; 512];
         marker[0] = 1;
@@ -289,15 +247,14 @@ pub(crate) mod tests {
         stream.extend(marker);
         stream.extend(header(2048, 1 << 17, 0, 5));
         stream.resize(stream.len() + 512, 0);
-        for padding in [0, 1, 511, 512, 10_240, 1 << 20] {
+        for padding in [0, 1, 511, 512, 10_240, 1 << 20, 5 << 20] {
             let mut padded = stream.clone();
             padded.resize(stream.len() + padding, 0x55);
-            let header = Header::read(&MemoryDevice::new(padded)).unwrap();
+            let header = read(&MemoryDevice::new(padded)).unwrap();
             assert_eq!(header.directory, Some(5 * 512), "padding of {padding}");
         }
         stream.truncate(4096);
-        let error = Header::read(&MemoryDevice::new(stream)).unwrap_err();
-        assert!(error.to_string().contains("truncated"), "{error}");
+        assert_eq!(read(&MemoryDevice::new(stream)).unwrap().directory, None);
     }
 
     #[test]
@@ -308,7 +265,7 @@ pub(crate) mod tests {
         stream.extend(marker);
         stream.extend(header(4096, 1 << 17, 0, 5));
         stream.resize(stream.len() + 512, 0);
-        let error = Header::read(&MemoryDevice::new(stream)).unwrap_err();
+        let error = read(&MemoryDevice::new(stream)).unwrap_err();
         assert!(error.to_string().contains("contradicts"), "{error}");
     }
 }

@@ -1,25 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! VMDK disks: sparse, stream-optimized, flat and split.
+//! VMDK disks: sparse, stream-optimized, flat, split, and the deltas of ESX.
 //!
 //! The format is described in VMware's "Virtual Disk Format 1.1" and "5.0". A disk is a
 //! list of extents, given by a descriptor text that is a file of its own or embedded in a
-//! sparse extent. Every other file is opened through a [`tranship_block::Gate`]; data that
-//! the image promises but does not hold is an error, never zeroes.
+//! sparse extent. Every other file is opened through a [`tranship_block::Gate`], or by
+//! [`ExtentFiles`] where it is to be written; data that the image promises but does not
+//! hold is an error, never zeroes, unless a disk is salvaged.
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod busy;
+mod cache;
 mod compressed;
+mod cowd;
 mod descriptor;
 mod directory;
 mod disk;
+mod extents;
+mod footer;
 mod header;
+mod identity;
+mod layout;
 mod line;
+mod losses;
 mod open;
+mod sesparse;
 mod sparse;
 mod table;
+mod write;
+mod writer;
 
 pub use descriptor::{Descriptor, NO_PARENT};
 pub use disk::{ExtentInfo, Vmdk};
+pub use extents::{ExtentFiles, NoFiles};
 pub use line::{Access, ExtentLine, ExtentType};
 pub use open::{OpenOptions, Parent, probe, read_descriptor};
 

@@ -2,13 +2,17 @@
 //! Opening a disk: from the first bytes to a checked list of extents.
 
 use crate::disk::{Backing, Piece, Vmdk};
-use crate::header::{Header, MAGIC, MAX_DIRECTORY_ENTRIES};
+use crate::extents::{ExtentFiles, OpenFile, Source};
+use crate::header::{self, MAGIC, MAX_DIRECTORY_ENTRIES};
+use crate::identity::Identity;
+use crate::layout::Layout;
 use crate::line::{Access, ExtentLine, ExtentType};
 use crate::sparse::SparseExtent;
-use crate::{Descriptor, SECTOR};
+use crate::writer::Writer;
+use crate::{Descriptor, SECTOR, cowd, sesparse};
 use std::collections::HashMap;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Gate, Request, Result, Slice, Span};
+use tranship_block::{BlockDevice, Error, ErrorKind, Gate, Result, Slice, Span, Storage};
 
 /// Largest descriptor file: 4096 extents with names of 255 bytes and more.
 const MAX_DESCRIPTOR_FILE: u64 = 2 << 20;
@@ -18,6 +22,11 @@ const MAX_DESCRIPTOR_FILE: u64 = 2 << 20;
 pub struct OpenOptions {
     /// The disk that a snapshot is based on. Without it a snapshot is refused.
     pub parent: Option<Parent>,
+    /// Go on where extents, tables and grains are missing or damaged: they read as zeroes,
+    /// with warnings and [`Vmdk::losses`]. For reading alone.
+    pub salvage: bool,
+    /// Use a parent whose content id is not the one that the snapshot was made from.
+    pub ignore_cid: bool,
 }
 
 /// The disk below a snapshot.
@@ -29,56 +38,60 @@ pub struct Parent {
     pub cid: Option<u32>,
 }
 
-enum Layout {
-    Sparse,
+/// What a file is by its first bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum File {
+    /// A hosted sparse extent.
+    Hosted,
+    /// A delta extent of ESX.
+    Cowd,
+    /// A delta extent of newer ESXi.
+    SeSparse,
+    /// A descriptor.
     Text,
 }
 
 /// Whether `head`, the first bytes of a file, looks like a VMDK of any kind, including
-/// those that [`Vmdk::open`] refuses as unsupported.
+/// extents that [`Vmdk::open`] refuses because they are only a part of a disk.
 pub fn probe(head: &[u8]) -> bool {
-    layout(head).is_some() || unsupported_delta(head).is_some()
+    file_kind(head).is_some()
 }
 
 /// First line of the descriptors that VMware's products write, in lower case.
 const SIGNATURE: &[u8] = b"# disk descriptorfile";
 
-fn layout(head: &[u8]) -> Option<Layout> {
-    if head.starts_with(MAGIC) {
-        return Some(Layout::Sparse);
+fn file_kind(head: &[u8]) -> Option<File> {
+    let magics = [
+        (MAGIC.as_slice(), File::Hosted),
+        (cowd::MAGIC, File::Cowd),
+        (sesparse::MAGIC, File::SeSparse),
+    ];
+    if let Some((_, kind)) = magics.iter().find(|(magic, _)| head.starts_with(magic)) {
+        return Some(*kind);
     }
     let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
     if text.get(..SIGNATURE.len()).is_some_and(|start| start.eq_ignore_ascii_case(SIGNATURE)) {
-        return Some(Layout::Text);
+        return Some(File::Text);
     }
     // Hand-made descriptors have other comments, or none.
     let mut lines = text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
     let first = lines.find(|line| !line.is_empty() && !line.starts_with(b"#"))?;
     let (key, value) = std::str::from_utf8(first).ok()?.split_once('=')?;
     let known = matches!(value.trim(), "1" | "2" | "3");
-    (known && key.trim().eq_ignore_ascii_case("version")).then_some(Layout::Text)
-}
-
-const SESPARSE: &[u8] = &[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0];
-
-fn unsupported_delta(head: &[u8]) -> Option<&'static str> {
-    match head {
-        _ if head.starts_with(b"COWD") => Some("a vmfsSparse (COWD)"),
-        _ if head.starts_with(SESPARSE) => Some("a seSparse"),
-        _ => None,
-    }
+    (known && key.trim().eq_ignore_ascii_case("version")).then_some(File::Text)
 }
 
 /// The descriptor of the disk in `device`; none if a sparse extent has no embedded one.
 ///
 /// # Errors
 ///
-/// Not a VMDK, a kind that is not supported, or a descriptor that cannot be read.
+/// Not a VMDK, or a descriptor that cannot be read.
 pub fn read_descriptor(device: &dyn BlockDevice) -> Result<Option<Descriptor>> {
-    match layout(&read_head(device)?) {
-        Some(Layout::Sparse) => embedded(device, &Header::read(device)?),
-        Some(Layout::Text) => read_text(device).map(Some),
-        None => Err(not_a_disk(device)),
+    match file_kind(&read_head(device)?) {
+        Some(File::Hosted) => embedded(device, &header::read_front(device)?),
+        Some(File::Cowd | File::SeSparse) => Ok(None),
+        Some(File::Text) => read_text(device).map(Some),
+        None => Err(not_a_disk()),
     }
 }
 
@@ -89,18 +102,15 @@ fn read_head(device: &dyn BlockDevice) -> Result<Vec<u8>> {
     Ok(head)
 }
 
-fn not_a_disk(device: &dyn BlockDevice) -> Error {
-    match read_head(device).ok().as_deref().and_then(unsupported_delta) {
-        Some(kind) => Error::unsupported(format!(
-            "{kind} snapshot delta: consolidate the snapshots of the VM, or clone the disk \
-             with vmkfstools -i, and open the result"
-        )),
-        None => Error::corrupt("neither a VMDK descriptor nor a VMDK sparse extent"),
-    }
+fn not_a_disk() -> Error {
+    Error::corrupt(
+        "neither a VMDK descriptor nor a VMDK sparse extent; a file called -flat.vmdk holds \
+         plain bytes and belongs to a descriptor",
+    )
 }
 
-fn embedded(device: &dyn BlockDevice, header: &Header) -> Result<Option<Descriptor>> {
-    let Some(span) = header.descriptor else { return Ok(None) };
+fn embedded(device: &dyn BlockDevice, layout: &Layout) -> Result<Option<Descriptor>> {
+    let Some(span) = layout.descriptor else { return Ok(None) };
     if span.check_within(device.size()).is_err() {
         return Err(
             Error::corrupt("the embedded descriptor ends past the end of the file").at(span.start)
@@ -127,36 +137,87 @@ fn read_text(device: &dyn BlockDevice) -> Result<Descriptor> {
 }
 
 impl Vmdk {
-    /// Opens the disk whose first or only file is `device`; its other files, if it has
-    /// any, are asked of `gate` by the names that the descriptor gives them.
+    /// Opens the disk whose first or only file is `device` for reading; its other files, if
+    /// it has any, are asked of `gate` by the names that the descriptor gives them.
     ///
     /// # Errors
     ///
     /// What is damaged, truncated or beyond the format's limits is
-    /// [`tranship_block::ErrorKind::Corrupt`]; snapshot deltas, mapped LUNs and snapshots
-    /// without [`OpenOptions::parent`] are [`tranship_block::ErrorKind::Unsupported`];
-    /// names that may not be opened are what `gate` says.
+    /// [`tranship_block::ErrorKind::Corrupt`]; mapped LUNs, delta extents without their
+    /// descriptor and snapshots without [`OpenOptions::parent`] are
+    /// [`tranship_block::ErrorKind::Unsupported`]; names that may not be opened are what
+    /// `gate` says.
     pub fn open(
         device: Arc<dyn BlockDevice>,
         gate: &dyn Gate,
         options: OpenOptions,
     ) -> Result<Self> {
-        match layout(&read_head(&device)?) {
-            Some(Layout::Sparse) => open_monolithic(device, options),
-            Some(Layout::Text) => open_described(&device, gate, options),
-            None => Err(not_a_disk(&device)),
+        open(OpenFile::read_only(device), Source::Gate(gate), options)
+    }
+
+    /// Opens the disk whose first or only file is `storage` for reading and writing; its
+    /// other files come from `files`. The first write changes the content id, so that
+    /// snapshots of the disk notice.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`]; besides, [`tranship_block::ErrorKind::Unsupported`] for disks
+    /// with compressed grains or ESX deltas, and [`tranship_block::ErrorKind::Usage`] for
+    /// read-only storage and for salvaging.
+    pub fn open_writable(
+        storage: Arc<dyn Storage>,
+        files: &dyn ExtentFiles,
+        options: OpenOptions,
+    ) -> Result<Self> {
+        if storage.is_read_only() {
+            return Err(Error::usage("the disk's first file is read-only"));
         }
+        if options.salvage {
+            return Err(Error::usage("a disk that is salvaged cannot be written"));
+        }
+        open(OpenFile::writable(storage), Source::Files(files), options)
+    }
+}
+
+/// Opens a disk, to be written if its first file can be.
+pub(crate) fn open(file: OpenFile, source: Source<'_>, options: OpenOptions) -> Result<Vmdk> {
+    let writable = file.storage.is_some();
+    match file_kind(&read_head(&file.device)?) {
+        Some(File::Text) => open_described(&file, source, options),
+        Some(File::Hosted) => {
+            let layout = header::read(&file.device)?;
+            open_monolithic(file, layout, options)
+        }
+        Some(kind) if options.salvage && !writable => {
+            let layout = match kind {
+                File::Cowd => cowd::read(&file.device)?,
+                _ => sesparse::read(&file.device, true)?,
+            };
+            open_monolithic(file, layout, options)
+        }
+        // Without the disk below, its grains would turn into zeroes.
+        Some(_) => Err(Error::unsupported(
+            "this is an extent of an ESX snapshot: open the descriptor that it belongs to (the \
+             file without -delta or -sesparse in its name), together with the parent disk",
+        )),
+        None => Err(not_a_disk()),
     }
 }
 
 /// A single sparse file; the extent list of its descriptor names nothing but itself.
-fn open_monolithic(device: Arc<dyn BlockDevice>, options: OpenOptions) -> Result<Vmdk> {
-    let header = Header::read(&device)?;
+fn open_monolithic(file: OpenFile, layout: Layout, options: OpenOptions) -> Result<Vmdk> {
     let mut warnings = Vec::new();
-    let descriptor = embedded(&device, &header)?.unwrap_or_else(|| {
-        warnings.push("no descriptor is embedded: the disk is this extent alone".to_owned());
-        Descriptor::default()
-    });
+    let salvage = options.salvage;
+    let descriptor = match embedded(&file.device, &layout) {
+        Err(error) if salvage => {
+            warnings.push(format!("the descriptor is left out: {error}"));
+            Descriptor::default()
+        }
+        found => found?.unwrap_or_else(|| {
+            warnings.push("no descriptor is embedded: the disk is this extent alone".to_owned());
+            Descriptor::default()
+        }),
+    };
     if descriptor.extents.len() > 1 {
         return Err(Error::unsupported(format!(
             "the embedded descriptor lists {} extents, expected one",
@@ -164,81 +225,84 @@ fn open_monolithic(device: Arc<dyn BlockDevice>, options: OpenOptions) -> Result
         )));
     }
     if let Some(line) = descriptor.extents.first() {
-        check_line(line)?;
-        if line.len != header.capacity {
+        check_line(line, salvage)?;
+        if line.len != layout.capacity {
             warnings.push(format!(
                 "the descriptor says {} bytes, the header {}; the header is followed",
-                line.len, header.capacity
+                line.len, layout.capacity
             ));
         }
     }
-    let parent = check_parent(&descriptor, options)?;
-    if header.unclean {
-        warnings.push("the last writer did not close the disk".to_owned());
-    }
-    let len = header.capacity;
-    let (extent, warning) = SparseExtent::open(device, header)?;
-    warnings.extend(warning);
-    let piece = Piece {
-        start: 0,
-        len,
-        kind: ExtentType::Sparse,
-        name: None,
-        backing: Backing::Sparse(Box::new(extent)),
-    };
-    Ok(Vmdk::new(vec![piece], len, descriptor, parent, warnings))
+    let access = descriptor.extents.first().map_or(Access::ReadWrite, |line| line.access);
+    let parent = check_parent(&descriptor, options, &mut warnings)?;
+    let span = layout.descriptor;
+    let kind = layout.kind;
+    let storage = file.storage.clone();
+    let extent = sparse(file, layout, salvage, &mut warnings)?;
+    let len = extent.layout().capacity;
+    let backing = Backing::Sparse(Box::new(extent));
+    let piece = Piece { start: 0, len, kind, access, name: None, backing };
+    let cid = descriptor.cid.unwrap_or(0);
+    let disk = Vmdk::new(vec![piece], len, descriptor, parent, warnings);
+    Ok(match storage {
+        Some(storage) => disk.writable(Identity::new(storage, span, cid), Vec::new()),
+        None => disk,
+    })
 }
 
-fn open_described(
-    device: &Arc<dyn BlockDevice>,
-    gate: &dyn Gate,
-    options: OpenOptions,
-) -> Result<Vmdk> {
-    let descriptor = read_text(device)?;
+fn open_described(file: &OpenFile, source: Source<'_>, options: OpenOptions) -> Result<Vmdk> {
+    let descriptor = read_text(&file.device)?;
     if descriptor.extents.is_empty() {
         return Err(Error::corrupt("the descriptor lists no extents"));
     }
     // Everything that can be refused by its words is refused before any file is opened.
     for line in &descriptor.extents {
-        check_line(line)?;
+        check_line(line, options.salvage)?;
     }
-    let parent = check_parent(&descriptor, options)?;
-    let mut files = Files { gate, opened: HashMap::new(), directory_entries: 0 };
     let mut warnings = Vec::new();
+    let mut files = Files::new(source, file.storage.is_some(), options.salvage);
+    let parent = check_parent(&descriptor, options, &mut warnings)?;
     let mut pieces = Vec::new();
     let mut start = 0_u64;
     for line in &descriptor.extents {
-        let opened = files.open(line, &mut warnings);
-        let (name, backing) = (Some(line.name.clone()).filter(|n| !n.is_empty()), opened?);
-        pieces.push(Piece { start, len: line.len, kind: line.kind, name, backing });
-        start = start
-            .checked_add(line.len)
-            .filter(|size| i64::try_from(*size).is_ok())
-            .ok_or_else(|| Error::corrupt("the extents together have more than 2^63 bytes"))?;
+        let name = Some(line.name.clone()).filter(|name| !name.is_empty());
+        for (len, backing) in files.open(line, &mut warnings)? {
+            let (kind, access) = (line.kind, line.access);
+            pieces.push(Piece { start, len, kind, access, name: name.clone(), backing });
+            start = start
+                .checked_add(len)
+                .filter(|size| i64::try_from(*size).is_ok())
+                .ok_or_else(|| Error::corrupt("the extents together have more than 2^63 bytes"))?;
+        }
     }
-    Ok(Vmdk::new(pieces, start, descriptor, parent, warnings))
+    let cid = descriptor.cid.unwrap_or(0);
+    let disk = Vmdk::new(pieces, start, descriptor, parent, warnings);
+    Ok(match file.storage.clone() {
+        Some(storage) => disk.writable(Identity::new(storage, None, cid), files.flat()),
+        None => disk,
+    })
 }
 
-fn check_line(line: &ExtentLine) -> Result<()> {
+fn check_line(line: &ExtentLine, salvage: bool) -> Result<()> {
     let name = &line.name;
-    if line.access == Access::None {
+    if line.access == Access::None && line.kind != ExtentType::Zero && !salvage {
         return Err(Error::unsupported(format!("extent {name:?} is marked NOACCESS")));
     }
-    match line.kind {
-        ExtentType::VmfsSparse | ExtentType::SeSparse => Err(Error::unsupported(format!(
-            "extent {name:?} is a {} snapshot delta: consolidate the snapshots of the VM, or \
-             clone the disk with vmkfstools -i, and open the result",
+    let is_device = ["/dev/", "\\\\.\\", "/vmfs/devices/"].iter().any(|at| name.starts_with(at));
+    if is_device || matches!(line.kind, ExtentType::VmfsRdm | ExtentType::VmfsRaw) {
+        return Err(Error::unsupported(format!(
+            "extent {name:?} of type {} is a mapped LUN or device: copy the LUN itself",
             line.kind.word()
-        ))),
-        ExtentType::VmfsRdm | ExtentType::VmfsRaw => Err(Error::unsupported(format!(
-            "extent {name:?} is {}, a mapped LUN: copy the LUN itself",
-            line.kind.word()
-        ))),
-        _ => Ok(()),
+        )));
     }
+    Ok(())
 }
 
-fn check_parent(descriptor: &Descriptor, options: OpenOptions) -> Result<Option<Parent>> {
+fn check_parent(
+    descriptor: &Descriptor,
+    options: OpenOptions,
+    warnings: &mut Vec<String>,
+) -> Result<Option<Parent>> {
     let Some(expected) = descriptor.parent_cid else { return Ok(None) };
     let hint = descriptor.parent_hint.as_deref().unwrap_or("a disk that it does not name");
     let Some(parent) = options.parent else {
@@ -247,89 +311,158 @@ fn check_parent(descriptor: &Descriptor, options: OpenOptions) -> Result<Option<
              with its parent, or consolidate the snapshots of the VM"
         )));
     };
-    match parent.cid {
-        Some(cid) if cid != expected => Err(Error::corrupt(format!(
-            "parentCID is {expected:08x}, but the CID of {hint:?} is {cid:08x}: the parent was \
-             changed after the snapshot"
-        ))),
-        _ => Ok(Some(parent)),
+    let Some(cid) = parent.cid.filter(|cid| *cid != expected) else { return Ok(Some(parent)) };
+    let text = format!(
+        "parentCID is {expected:08x}, but the CID of {hint:?} is {cid:08x}: the parent was \
+         changed after the snapshot"
+    );
+    if !options.ignore_cid {
+        return Err(Error::corrupt(text));
     }
+    warnings.push(text);
+    Ok(Some(parent))
+}
+
+/// The extent in `file`, ready to be written if the file can be.
+fn sparse(
+    file: OpenFile,
+    layout: Layout,
+    salvage: bool,
+    warnings: &mut Vec<String>,
+) -> Result<SparseExtent> {
+    if layout.unclean {
+        warnings.push("the last writer did not close the disk".to_owned());
+    }
+    if file.storage.is_some() && (layout.compressed || layout.kind != ExtentType::Sparse) {
+        return Err(Error::unsupported(if layout.compressed {
+            "a stream-optimized disk is written once: convert it to another kind to change it"
+        } else {
+            "delta extents of ESX are read only: convert the disk to another kind to change it"
+        }));
+    }
+    let (mut extent, found) = SparseExtent::open(file.device, layout, salvage)?;
+    warnings.extend(found);
+    extent.writer =
+        file.storage.map(|storage| Writer::new(storage, &extent.layout, &extent.tables));
+    Ok(extent)
 }
 
 /// The files of a disk, each opened once.
 struct Files<'a> {
-    gate: &'a dyn Gate,
-    opened: HashMap<String, Arc<dyn BlockDevice>>,
+    source: Source<'a>,
+    writable: bool,
+    salvage: bool,
+    opened: HashMap<String, OpenFile>,
+    flat: Vec<Arc<dyn BlockDevice>>,
     directory_entries: u64,
 }
 
-impl Files<'_> {
-    fn open(&mut self, line: &ExtentLine, warnings: &mut Vec<String>) -> Result<Backing> {
-        match line.kind {
-            ExtentType::Zero => Ok(Backing::Zero),
-            ExtentType::Sparse => {
-                if self.opened.contains_key(&line.name) {
-                    return Err(Error::corrupt(format!(
-                        "sparse extent {:?} is listed twice",
-                        line.name
-                    )));
-                }
-                let file = self.file(&line.name)?;
-                self.sparse(file, line, warnings).map_err(|error| error.in_file(&line.name))
+impl<'a> Files<'a> {
+    fn new(source: Source<'a>, writable: bool, salvage: bool) -> Self {
+        let (opened, flat) = (HashMap::new(), Vec::new());
+        Self { source, writable, salvage, opened, flat, directory_entries: 0 }
+    }
+
+    /// The files of flat extents that may be written.
+    fn flat(self) -> Vec<Arc<dyn BlockDevice>> {
+        self.flat
+    }
+
+    /// What the extent of `line` consists of: a second part is what is missing.
+    fn open(
+        &mut self,
+        line: &ExtentLine,
+        warnings: &mut Vec<String>,
+    ) -> Result<Vec<(u64, Backing)>> {
+        let opened = match line.kind {
+            _ if line.access == Access::None => {
+                warnings.push("an extent is marked NOACCESS: it reads as zeroes".to_owned());
+                return Ok(vec![(line.len, Backing::Zero)]);
             }
-            _ => self.flat(line).map_err(|error| error.in_file(&line.name)),
+            ExtentType::Zero => return Ok(vec![(line.len, Backing::Zero)]),
+            ExtentType::Sparse | ExtentType::VmfsSparse | ExtentType::SeSparse => {
+                self.sparse(line, warnings).map(|backing| vec![(line.len, backing)])
+            }
+            _ => self.flat_extent(line, warnings),
+        };
+        match opened {
+            Err(error) if self.salvage && error.kind() != ErrorKind::Denied => {
+                warnings.push(format!("{}: {error}: it reads as zeroes", line.name));
+                Ok(vec![(line.len, Backing::Zero)])
+            }
+            other => other.map_err(|error| error.in_file(&line.name)),
         }
     }
 
-    fn file(&mut self, name: &str) -> Result<Arc<dyn BlockDevice>> {
-        if let Some(file) = self.opened.get(name) {
-            return Ok(Arc::clone(file));
+    fn file(&mut self, line: &ExtentLine) -> Result<OpenFile> {
+        if let Some(file) = self.opened.get(&line.name) {
+            return Ok(file.clone());
         }
-        let file = self.gate.open(Request { name, role: "VMDK extent", writable: false })?;
-        self.opened.insert(name.to_owned(), Arc::clone(&file));
+        let writable = self.writable && line.access == Access::ReadWrite;
+        let file = self.source.open(&line.name, writable)?;
+        self.opened.insert(line.name.clone(), file.clone());
         Ok(file)
     }
 
-    fn flat(&mut self, line: &ExtentLine) -> Result<Backing> {
-        let file = self.file(&line.name)?;
-        let span = Span::new(line.offset, line.len);
-        let size = file.size();
-        let slice = Slice::new(file, span).map_err(|_| {
-            Error::corrupt(format!(
-                "flat extent of {} bytes ends past the file's size of {size} bytes",
-                line.len
-            ))
-            .at(line.offset)
-        })?;
-        Ok(Backing::Flat(slice))
-    }
-
-    fn sparse(
+    fn flat_extent(
         &mut self,
-        file: Arc<dyn BlockDevice>,
         line: &ExtentLine,
         warnings: &mut Vec<String>,
-    ) -> Result<Backing> {
-        let head = read_head(&file)?;
-        if unsupported_delta(&head).is_some() {
-            return Err(not_a_disk(&file));
+    ) -> Result<Vec<(u64, Backing)>> {
+        let is_new = !self.opened.contains_key(&line.name);
+        let file = self.file(line)?;
+        if is_new && file.storage.is_some() {
+            self.flat.push(Arc::clone(&file.device));
         }
-        let header = Header::read(&file)?;
-        if header.capacity < line.len {
+        let size = file.device.size();
+        let there = size.saturating_sub(line.offset).min(line.len);
+        if there == line.len {
+            let slice = Slice::new(file.device, Span::new(line.offset, line.len))?;
+            return Ok(vec![(line.len, Backing::Flat(slice))]);
+        }
+        let error = Error::corrupt(format!(
+            "flat extent of {} bytes ends past the file's size of {size} bytes",
+            line.len
+        ))
+        .at(line.offset);
+        if !self.salvage || there == 0 {
+            return Err(error);
+        }
+        warnings.push(format!("{}: {error}: what is missing reads as zeroes", line.name));
+        let slice = Slice::new(file.device, Span::new(line.offset, there))?;
+        let missing = line.len.saturating_sub(there);
+        Ok(vec![(there, Backing::Flat(slice)), (missing, Backing::Zero)])
+    }
+
+    fn sparse(&mut self, line: &ExtentLine, warnings: &mut Vec<String>) -> Result<Backing> {
+        if self.opened.contains_key(&line.name) {
+            return Err(Error::corrupt(format!("sparse extent {:?} is listed twice", line.name)));
+        }
+        let file = self.file(line)?;
+        let layout = match file_kind(&read_head(&file.device)?) {
+            Some(File::Hosted) => header::read(&file.device)?,
+            Some(File::Cowd) => cowd::read(&file.device)?,
+            Some(File::SeSparse) => sesparse::read(&file.device, self.salvage)?,
+            Some(File::Text) | None => {
+                return Err(Error::corrupt("the file is no sparse extent of a VMDK disk"));
+            }
+        };
+        if layout.capacity < line.len {
             return Err(Error::corrupt(format!(
                 "sparse extent has a capacity of {} sectors, the descriptor says {}",
-                header.capacity / SECTOR,
+                layout.capacity / SECTOR,
                 line.len / SECTOR
             )));
         }
-        self.directory_entries = self.directory_entries.saturating_add(header.directory_entries);
+        self.directory_entries = self.directory_entries.saturating_add(layout.directory_entries);
         if self.directory_entries > MAX_DIRECTORY_ENTRIES {
             return Err(Error::corrupt(format!(
                 "the grain directories of all extents have more than {MAX_DIRECTORY_ENTRIES} entries"
             )));
         }
-        let (extent, warning) = SparseExtent::open(file, header)?;
-        warnings.extend(warning.map(|warning| format!("{}: {warning}", line.name)));
+        let mut found = Vec::new();
+        let extent = sparse(file, layout, self.salvage, &mut found)?;
+        warnings.extend(found.iter().map(|warning| format!("{}: {warning}", line.name)));
         Ok(Backing::Sparse(Box::new(extent)))
     }
 }

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! A hosted sparse extent: guest bytes by way of directory, tables and grains.
+//! A sparse extent: guest bytes by way of directory, tables and grains.
 
 use crate::SECTOR;
-use crate::compressed::{self, GrainCache, MARKER, max_stored, needed_len};
+use crate::compressed::{self, GrainCache, max_stored};
 use crate::directory;
-use crate::header::Header;
+use crate::disk::Below;
+use crate::footer::{self, MARKER};
+use crate::layout::{LOST, Layout, Place};
+use crate::losses::Losses;
 use crate::table::{Table, Tables};
+use crate::writer::Writer;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Result, Span};
 
@@ -17,42 +21,86 @@ const GRAINS_PER_QUERY: u32 = 16 << 10;
 /// Tables that one extent query passes over as a whole.
 const TABLES_PER_QUERY: u32 = 64 << 10;
 
-/// Where a grain is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// This extent says nothing about it.
-    Absent,
-    /// It is declared to be zero.
-    Zero,
-    /// It is at this byte of the file: data, or a marker in front of a compressed grain.
-    Stored(u64),
-}
-
 /// One file of grains.
 #[derive(Debug)]
 pub(crate) struct SparseExtent {
-    file: Arc<dyn BlockDevice>,
-    header: Header,
-    tables: Tables,
+    pub(crate) file: Arc<dyn BlockDevice>,
+    pub(crate) layout: Layout,
+    pub(crate) tables: Tables,
     grains: GrainCache,
+    /// What could not be read and became zeroes; none if that is an error.
+    losses: Option<Losses>,
+    /// What is needed to write, in a disk that was opened for writing.
+    pub(crate) writer: Option<Writer>,
 }
 
-/// Fills a part of a read that the extent says nothing about; the offset is the extent's.
-pub(crate) type Below<'a> = dyn Fn(&mut [u8], u64) -> Result<()> + 'a;
-
 impl SparseExtent {
-    /// Reads the directory of the extent in `file`, whose header is `header`.
+    /// Reads the directory of the extent in `file`, whose header is `layout`, and returns
+    /// with it what was wrong and could be worked around.
     pub(crate) fn open(
         file: Arc<dyn BlockDevice>,
-        header: Header,
-    ) -> Result<(Self, Option<String>)> {
-        let (directory, warning) = directory::read(&file, &header)?;
-        let tables = Tables::new(directory);
-        Ok((Self { file, header, tables, grains: GrainCache::default() }, warning))
+        layout: Layout,
+        salvage: bool,
+    ) -> Result<(Self, Vec<String>)> {
+        let (tables, warnings) = open_tables(&file, &layout, salvage)?;
+        let losses = salvage.then(Losses::default);
+        let extent =
+            Self { file, layout, tables, grains: GrainCache::default(), losses, writer: None };
+        let warnings = warnings.into_iter().chain(extent.survey()?).collect();
+        Ok((extent, warnings))
     }
 
-    pub(crate) fn header(&self) -> &Header {
-        &self.header
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// What could not be read so far and became zeroes.
+    pub(crate) fn losses(&self) -> Vec<String> {
+        self.losses.as_ref().map(Losses::list).unwrap_or_default()
+    }
+
+    /// In a disk that is salvaged: how many tables and grains are lost, as far as tables
+    /// can tell.
+    fn survey(&self) -> Result<Option<String>> {
+        if self.losses.is_none() {
+            return Ok(None);
+        }
+        let (mut tables, mut grains) = (0_u64, 0_u64);
+        let size = self.file.size();
+        for index in 0..self.layout.directory_entries {
+            let Some(table) = self.tables.get(&self.file, &self.layout, index)? else { continue };
+            if table.uniform() == Some(LOST) {
+                tables = tables.saturating_add(1);
+            }
+            if matches!(table.uniform(), Some(0 | LOST)) {
+                continue;
+            }
+            for entry in 0..self.layout.table_entries.get() {
+                let grain =
+                    index.saturating_mul(self.layout.table_entries.get()).saturating_add(entry);
+                let is_lost = match self.layout.place(table.entry(entry)) {
+                    Ok(Place::Stored(at)) => {
+                        Span::new(at, self.stored_len(grain)).check_within(size).is_err()
+                    }
+                    Ok(_) => false,
+                    Err(_) => true,
+                };
+                grains = grains.saturating_add(u64::from(is_lost));
+            }
+        }
+        Ok((tables > 0 || grains > 0).then(|| {
+            format!(
+                "{tables} grain tables of {} MiB are lost, and {grains} grains of {} KiB end past \
+                 the end of the file: zeroes are read instead",
+                self.layout.table_span() >> 20,
+                self.layout.grain.get() >> 10
+            )
+        }))
+    }
+
+    /// Bytes that must be in the file at the place of grain `index`.
+    fn stored_len(&self, index: u64) -> u64 {
+        if self.layout.compressed { MARKER } else { self.layout.needed_len(index) }
     }
 
     /// Fills `buf` from byte `offset` of the extent.
@@ -62,7 +110,7 @@ impl SparseExtent {
         mut offset: u64,
         below: &Below<'_>,
     ) -> Result<()> {
-        let grain_len = self.header.grain;
+        let grain_len = self.layout.grain;
         let mut walk = Walk::new(self);
         while !buf.is_empty() {
             let index = offset / grain_len;
@@ -71,14 +119,14 @@ impl SparseExtent {
             let in_grain = grain_len.get().saturating_sub(within).min(wanted);
             let done = match walk.place(index)? {
                 Place::Absent => {
-                    below(head(buf, in_grain), offset)?;
+                    below.read(head(buf, in_grain), offset)?;
                     in_grain
                 }
                 Place::Zero => {
                     head(buf, in_grain).fill(0);
                     in_grain
                 }
-                Place::Stored(at) if self.header.compressed => {
+                Place::Stored(at) if self.layout.compressed => {
                     if within == 0 && wanted >= grain_len.get() {
                         self.read_compressed(&mut walk, buf, index, at)?
                     } else {
@@ -93,16 +141,9 @@ impl SparseExtent {
                     }
                 }
                 Place::Stored(at) => {
-                    let mut len = in_grain;
                     let start = at.saturating_add(within);
-                    while len < wanted {
-                        let next = offset.saturating_add(len) / grain_len;
-                        if walk.place(next)? != Place::Stored(start.saturating_add(len)) {
-                            break;
-                        }
-                        len = len.saturating_add(grain_len.get()).min(wanted);
-                    }
-                    self.file.read_at(head(buf, len), start)?;
+                    let len = walk.stored_run(offset, start, wanted)?;
+                    self.fetch(head(buf, len), start)?;
                     len
                 }
             };
@@ -121,8 +162,8 @@ impl SparseExtent {
         index: u64,
         at: u64,
     ) -> Result<u64> {
-        let grain_len = self.header.grain.get();
-        let most = length(buf) / self.header.grain;
+        let grain_len = self.layout.grain.get();
+        let most = length(buf) / self.layout.grain;
         let mut starts = vec![at];
         let mut last = at;
         // The bytes up to the next grain bound the size of the last one that is wanted.
@@ -147,16 +188,51 @@ impl SparseExtent {
         for ((number, start), piece) in (index..).zip(&starts).zip(pieces) {
             let from = usize::try_from(start.saturating_sub(at)).unwrap_or(usize::MAX);
             let stored = stored.get(from..).unwrap_or_default();
-            compressed::inflate(&self.file, &self.header, (number, *start), stored, piece)?;
+            self.inflate((number, *start), stored, piece)?;
         }
         Ok(length_of(&starts).saturating_mul(grain_len))
+    }
+
+    fn inflate(&self, (index, at): (u64, u64), stored: &[u8], grain: &mut [u8]) -> Result<()> {
+        match compressed::inflate(&self.file, &self.layout, (index, at), stored, grain) {
+            Err(error) if let Some(losses) = &self.losses => {
+                losses.note(&error);
+                grain.fill(0);
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Reads bytes of grains that are stored as they are; in a salvaged disk they may be
+    /// missing.
+    fn fetch(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        let Some(losses) = &self.losses else { return self.file.read_at(buf, at) };
+        let there = self.file.size().saturating_sub(at);
+        let there = usize::try_from(there).unwrap_or(usize::MAX).min(buf.len());
+        let (part, beyond) = buf.split_at_mut(there);
+        beyond.fill(0);
+        match self.file.read_at(part, at) {
+            Err(error) => {
+                losses.note(&error.at(at));
+                // Whatever can be read around a bad place is read.
+                for (piece, number) in part.chunks_mut(4096).zip(0_u64..) {
+                    let start = at.saturating_add(number.saturating_mul(4096));
+                    if self.file.read_at(piece, start).is_err() {
+                        piece.fill(0);
+                    }
+                }
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Furthest that the next grain can be away if the two are neighbours: padding and a
     /// grain table with its marker may lie between them.
     fn max_gap(&self) -> u64 {
-        let table = self.header.table_len().saturating_add(2 * SECTOR);
-        max_stored(&self.header).saturating_add(table).saturating_add(SECTOR)
+        let table = self.layout.table_len().saturating_add(2 * SECTOR);
+        max_stored(&self.layout).saturating_add(table).saturating_add(SECTOR)
     }
 
     /// Grain `index` at byte `at`, inflated, out of the cache if it is there.
@@ -164,13 +240,13 @@ impl SparseExtent {
         if let Some(grain) = self.grains.get(index) {
             return Ok(grain);
         }
-        let grain_len = self.header.grain.get();
+        let grain_len = self.layout.grain.get();
         let left = self.file.size().saturating_sub(at);
         let guess = grain_len.saturating_add(SECTOR).min(left);
         let mut stored = vec![0; usize::try_from(guess).unwrap_or(0)];
         self.file.read_at(&mut stored, at)?;
         let mut grain = vec![0; usize::try_from(grain_len).unwrap_or(0)];
-        compressed::inflate(&self.file, &self.header, (index, at), &stored, &mut grain)?;
+        self.inflate((index, at), &stored, &mut grain)?;
         let grain = Arc::new(grain);
         self.grains.put(index, Arc::clone(&grain));
         Ok(grain)
@@ -179,30 +255,30 @@ impl SparseExtent {
     /// What byte `offset` belongs to, and for how many bytes the same is true. A stored
     /// place is that of the byte itself; compressed neighbours count as the same.
     pub(crate) fn extent(&self, offset: u64) -> Result<(Place, u64)> {
-        let grain_len = self.header.grain;
+        let grain_len = self.layout.grain;
         let index = offset / grain_len;
         let within = offset % grain_len;
         let mut walk = Walk::new(self);
         let first = walk.place(index)?;
         let mut next = index.saturating_add(1);
         let (mut grains, mut tables) = (0, 0);
-        while next < self.header.grains() && grains < GRAINS_PER_QUERY && tables < TABLES_PER_QUERY
+        while next < self.layout.grains() && grains < GRAINS_PER_QUERY && tables < TABLES_PER_QUERY
         {
-            let table = next / self.header.table_entries;
-            let at_start = next % self.header.table_entries == 0;
+            let table = next / self.layout.table_entries;
+            let at_start = next % self.layout.table_entries == 0;
             // A broken table further on is the business of whoever asks about that part.
             if at_start && let Ok(Some(all)) = walk.uniform(table) {
                 if all != first {
                     break;
                 }
-                next = next.saturating_add(self.header.table_entries.get());
+                next = next.saturating_add(self.layout.table_entries.get());
                 tables = tables.saturating_add(1);
                 continue;
             }
             let Ok(place) = walk.place(next) else { break };
             let passed = next.saturating_sub(index).saturating_mul(grain_len.get());
             let same = match (first, place) {
-                (Place::Stored(_), Place::Stored(_)) if self.header.compressed => true,
+                (Place::Stored(_), Place::Stored(_)) if self.layout.compressed => true,
                 (Place::Stored(at), Place::Stored(start)) => at.saturating_add(passed) == start,
                 (first, place) => first == place,
             };
@@ -212,7 +288,7 @@ impl SparseExtent {
             next = next.saturating_add(1);
             grains = grains.saturating_add(1);
         }
-        let end = next.saturating_mul(grain_len.get()).min(self.header.capacity);
+        let end = next.saturating_mul(grain_len.get()).min(self.layout.capacity);
         let place = match first {
             Place::Stored(at) => Place::Stored(at.saturating_add(within)),
             other => other,
@@ -222,13 +298,13 @@ impl SparseExtent {
 }
 
 /// Looks grains up one after the other and keeps the table at hand.
-struct Walk<'a> {
+pub(crate) struct Walk<'a> {
     extent: &'a SparseExtent,
     current: Option<(u64, Option<Arc<Table>>)>,
 }
 
 impl<'a> Walk<'a> {
-    fn new(extent: &'a SparseExtent) -> Self {
+    pub(crate) fn new(extent: &'a SparseExtent) -> Self {
         Self { extent, current: None }
     }
 
@@ -238,52 +314,117 @@ impl<'a> Walk<'a> {
             held
         } else {
             let extent = self.extent;
-            (index, extent.tables.get(&extent.file, &extent.header, index)?)
+            (index, extent.tables.get(&extent.file, &extent.layout, index)?)
         };
         Ok(self.current.insert(held).1.as_deref())
     }
 
-    fn place(&mut self, grain: u64) -> Result<Place> {
-        let header = &self.extent.header;
-        if grain >= header.grains() {
+    /// Where grain number `grain` is; a stored one lies within the file.
+    pub(crate) fn place(&mut self, grain: u64) -> Result<Place> {
+        let extent = self.extent;
+        let layout = &extent.layout;
+        if grain >= layout.grains() {
             return Ok(Place::Absent);
         }
-        let Some(table) = self.table(grain / header.table_entries)? else {
+        let Some(table) = self.table(grain / layout.table_entries)? else {
             return Ok(Place::Absent);
         };
-        let sector = table.entry(grain % header.table_entries);
-        if let Some(place) = self.special(sector) {
-            return Ok(place);
-        }
-        let at = u64::from(sector).saturating_mul(SECTOR);
-        let len = if header.compressed { MARKER } else { needed_len(header, grain) };
-        let size = self.extent.file.size();
-        if Span::new(at, len).check_within(size).is_err() {
-            return Err(Error::corrupt(format!(
-                "grain {grain} ends past the file's size of {size} bytes: the file is truncated"
-            ))
+        let place = layout.place(table.entry(grain % layout.table_entries));
+        let salvage = extent.losses.is_some();
+        let at = match place {
+            Ok(Place::Stored(at)) => at,
+            Err(_) if salvage => return Ok(Place::Zero),
+            other => return other,
+        };
+        let size = extent.file.size();
+        if at < SECTOR || Span::new(at, extent.stored_len(grain)).check_within(size).is_err() {
+            if salvage {
+                let some = at >= SECTOR && at < size && !layout.compressed;
+                return Ok(if some { Place::Stored(at) } else { Place::Zero });
+            }
+            return Err(Error::corrupt(if at < SECTOR {
+                format!("grain {grain} lies in the header")
+            } else {
+                format!(
+                    "grain {grain} ends past the file's size of {size} bytes: the file is truncated"
+                )
+            })
             .at(at));
         }
         Ok(Place::Stored(at))
     }
 
-    /// The state of all grains of a table if none of them is stored.
-    fn uniform(&mut self, table: u64) -> Result<Option<Place>> {
-        let Some(table) = self.table(table)? else { return Ok(Some(Place::Absent)) };
-        let value = table.uniform();
-        Ok(value.and_then(|sector| self.special(sector)))
+    /// How many of the `wanted` bytes from byte `offset` of the extent on, which is stored
+    /// at `start`, follow each other in the file.
+    pub(crate) fn stored_run(&mut self, offset: u64, start: u64, wanted: u64) -> Result<u64> {
+        let grain = self.extent.layout.grain;
+        let mut len = grain.get().saturating_sub(offset % grain).min(wanted);
+        while len < wanted {
+            let next = offset.saturating_add(len) / grain;
+            if self.place(next)? != Place::Stored(start.saturating_add(len)) {
+                break;
+            }
+            len = len.saturating_add(grain.get()).min(wanted);
+        }
+        Ok(len)
     }
 
-    fn special(&self, sector: u32) -> Option<Place> {
-        match sector {
-            0 => Some(Place::Absent),
-            1 if self.extent.header.zeroed_grains => Some(Place::Zero),
+    /// The state of all grains of a table if none of them is stored.
+    fn uniform(&mut self, table: u64) -> Result<Option<Place>> {
+        let layout = &self.extent.layout;
+        let Some(table) = self.table(table)? else { return Ok(Some(Place::Absent)) };
+        Ok(match table.uniform().map(|entry| layout.place(entry)) {
+            Some(Ok(place @ (Place::Absent | Place::Zero))) => Some(place),
             _ => None,
-        }
+        })
     }
 }
 
-fn length(buf: &[u8]) -> u64 {
+/// The tables of an extent, by its directory or, if that is lost, by the markers in front
+/// of its grains; and what was wrong.
+fn open_tables(
+    file: &dyn BlockDevice,
+    layout: &Layout,
+    salvage: bool,
+) -> Result<(Tables, Option<String>)> {
+    let read = match layout.directory {
+        Some(_) => directory::read(file, layout, salvage),
+        None => Err(Error::corrupt(
+            "the grain directory should be named by a footer, and the file ends without one: \
+             the stream is truncated",
+        )
+        .at(file.size())),
+    };
+    let error = match read {
+        Ok(directory) => {
+            let warning = directory.warning.clone();
+            return Ok((Tables::new(layout, directory, salvage), warning));
+        }
+        Err(error) if layout.compressed || salvage => error,
+        Err(error) => return Err(error),
+    };
+    if layout.compressed {
+        let scan = footer::scan(file, layout, true)?;
+        if scan.complete || (salvage && !scan.grains.is_empty()) {
+            let warning = format!(
+                "{error}; the markers of {} grains up to byte {} were followed instead",
+                scan.grains.len(),
+                scan.end
+            );
+            return Ok((Tables::scanned(layout, scan.grains), Some(warning)));
+        }
+    }
+    if !salvage {
+        return Err(error);
+    }
+    let count = usize::try_from(layout.directory_entries).unwrap_or(0);
+    let directory =
+        directory::Directory { primary: vec![0; count], redundant: Vec::new(), warning: None };
+    let warning = format!("{error}: all of the extent reads as zeroes");
+    Ok((Tables::new(layout, directory, salvage), Some(warning)))
+}
+
+pub(crate) fn length(buf: &[u8]) -> u64 {
     u64::try_from(buf.len()).unwrap_or(u64::MAX)
 }
 

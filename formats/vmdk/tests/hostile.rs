@@ -209,7 +209,8 @@ fn descriptors_cannot_reach_out() {
     assert_eq!(kind("RW 8 FLAT \"/etc/passwd\" 0"), ErrorKind::Denied);
     assert_eq!(kind("RW -1 FLAT \"x\""), ErrorKind::Corrupt);
     assert_eq!(kind("NOACCESS 8 FLAT \"x\" 0"), ErrorKind::Unsupported);
-    assert_eq!(kind("RW 8 SESPARSE \"x\""), ErrorKind::Unsupported);
+    assert_eq!(kind("RW 8 SESPARSE \"x\""), ErrorKind::Denied);
+    assert_eq!(kind("RW 8 FLAT \"/dev/sda\" 0"), ErrorKind::Unsupported);
     assert_eq!(kind("RW 8 VMFSRDM \"x\""), ErrorKind::Unsupported);
     assert_eq!(kind(&"RW 1 FLAT \"x\" 0\n".repeat(30_000)), ErrorKind::Corrupt);
     let huge = "RW 9007199254740991 ZERO\n".repeat(4000);

@@ -157,7 +157,10 @@ fn a_snapshot_needs_its_parent_and_shows_it() {
 
     let parent = || folder::open(&folder.path().join("base.vmdk")).unwrap();
     let cid = parent().cid();
-    let options = |cid| OpenOptions { parent: Some(Parent { device: Arc::new(parent()), cid }) };
+    let options = |cid| OpenOptions {
+        parent: Some(Parent { device: Arc::new(parent()), cid }),
+        ..OpenOptions::default()
+    };
     let disk = folder::open_with(&child, options(cid)).unwrap();
     assert!(folder::contents(&disk).unwrap() == expected);
     assert_eq!(disk.extent_at(0).unwrap().depth, 1);
