@@ -71,7 +71,7 @@ pub(crate) fn overlay(path: &Path, base: Arc<dyn BlockDevice>, fresh: bool) -> R
     if fresh {
         tranship_qcow2::create(&*file, &CreateOptions::new(base.size())).map_err(failed)?;
     }
-    let options = OpenOptions { read_only: false, backing: Some(base) };
+    let options = OpenOptions { backing: Some(base), ..OpenOptions::default() };
     Qcow2::open(file, options).map(Arc::new).map_err(failed)
 }
 
@@ -116,7 +116,7 @@ pub(crate) fn target(
                 let leaks = tranship_qcow2::repair_leaks(&*file).map_err(failed)?;
                 tracing::debug!(leaks, "went on with {}", path.display());
             }
-            let options = OpenOptions { read_only: false, backing: None };
+            let options = OpenOptions::default();
             Ok(Arc::new(Qcow2::open(file, options).map_err(failed)?))
         }
     }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opening an image together with what it is based on.
 
+mod formats;
+
 use crate::layer::{Disk, Layer, Opened};
 use crate::null::NullDevice;
 use crate::spec::{Below, NbdAddress, NbdServer, SliceOf, Spec};
@@ -12,9 +14,7 @@ use tranship_block::{
     BlockDevice, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span, Storage,
 };
 use tranship_nbd::{Address, ClientOptions, Remote};
-use tranship_qcow2::{Header, Qcow2};
 use tranship_raw::{Access, RawFile};
-use tranship_vmdk::{NO_PARENT, Parent, Vmdk};
 
 /// Images in a chain: QEMU has no limit, and overflows its stack instead.
 const DEEPEST: usize = 64;
@@ -47,6 +47,8 @@ pub struct OpenOptions {
     pub guess_backing: bool,
     /// Open the first image alone: what it does not have itself reads as zero.
     pub without_backing: bool,
+    /// Give what is there of a damaged image, with warnings, and zeroes for the rest.
+    pub salvage: bool,
     /// Passphrases of encrypted images.
     pub secrets: Secrets,
 }
@@ -126,8 +128,6 @@ impl Place<'_> {
 struct Walk<'a> {
     options: &'a OpenOptions,
     chain: Vec<(PathBuf, Format)>,
-    /// Content id of the VMDK disk that was opened last: of the parent, to its child.
-    cid: Option<u32>,
     /// Device and inode of every file of the chain.
     seen: Vec<(u64, u64)>,
     warnings: Vec<String>,
@@ -140,7 +140,6 @@ impl<'a> Walk<'a> {
         Self {
             options,
             chain: Vec::new(),
-            cid: None,
             seen: Vec::new(),
             warnings: Vec::new(),
             layers: Vec::new(),
@@ -230,13 +229,7 @@ impl<'a> Walk<'a> {
         self.chain.push((image.path.to_owned(), image.format));
         let (file, storage) = (Arc::clone(&image.file), image.storage.clone());
         let (name, path, format) = (image.name, image.path, image.format);
-        let disk = match format {
-            Format::Raw => Ok(Disk::Raw(image.file)),
-            Format::Qcow2 => self.qcow2(image, place),
-            Format::Vmdk => self.vmdk(image, place),
-            other => Err(Error::unsupported(format!("disks of format {other} cannot be opened"))),
-        }
-        .map_err(|error| error.in_file(path))?;
+        let disk = self.disk(image, place).map_err(|error| error.in_file(path))?;
         self.layers.push(Layer {
             name: name.to_owned(),
             path: path.to_owned(),
@@ -253,67 +246,23 @@ impl<'a> Walk<'a> {
         &mut self,
         image: &Image<'_>,
         place: &Place<'_>,
-        wanted: Option<Wanted<'_>>,
-    ) -> Result<Option<Arc<dyn BlockDevice>>> {
+        wanted: Option<&Wanted>,
+    ) -> Result<Option<Base>> {
         match image.spec.map_or(&Below::AsTheImageSays, |spec| &spec.backing) {
-            Below::Nothing => return Ok(wanted.map(|_| nothing())),
-            Below::Given(base) => return Ok(Some(self.named(base, true, None)?.device())),
+            Below::Nothing => return Ok(wanted.map(|_| Base::Nothing)),
+            Below::Given(base) => return self.named(base, true, None).map(Base::Disk).map(Some),
             Below::AsTheImageSays => {}
         }
         let Some(wanted) = wanted else { return Ok(None) };
         // Nobody asks an image that is opened alone for what it does not have.
         if self.options.without_backing {
-            return Ok(Some(nothing()));
+            return Ok(Some(Base::Nothing));
         }
-        self.below(image.path, &wanted, place).map(|disk| Some(disk.device()))
-    }
-
-    fn qcow2(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
-        let header = Header::read(&image.file)?;
-        let wanted = match &header.backing {
-            None => None,
-            Some(backing) => {
-                let format = backing.format.as_deref().map(str::parse).transpose()?;
-                let names = vec![backing.name.as_str()];
-                Some(Wanted { names, role: "backing file", format, anywhere: true })
-            }
-        };
-        let backing = self.base(&image, place, wanted)?;
-        let disk = match image.storage {
-            Some(storage) => {
-                let options = tranship_qcow2::OpenOptions { read_only: false, backing };
-                Qcow2::open(storage, options)?
-            }
-            None => Qcow2::open_read_only(image.file, backing)?,
-        };
-        Ok(Disk::Qcow2(Arc::new(disk)))
-    }
-
-    fn vmdk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
-        let mut options = tranship_vmdk::OpenOptions::default();
-        let descriptor = tranship_vmdk::read_descriptor(&image.file)?;
-        let is_child = |cid: &u32| *cid != NO_PARENT;
-        let hint = descriptor
-            .filter(|descriptor| descriptor.parent_cid.as_ref().is_some_and(is_child))
-            .and_then(|descriptor| descriptor.parent_hint);
-        let wanted = hint.as_deref().map(|hint| Wanted {
-            names: vec![hint],
-            role: "parent disk",
-            format: Some(Format::Vmdk),
-            anywhere: false,
-        });
-        if let Some(device) = self.base(&image, place, wanted)? {
-            options.parent = Some(Parent { device, cid: self.cid });
-        }
-        let disk = Vmdk::open(image.file, place.gate(), options)?;
-        self.cid = disk.cid();
-        let warnings = disk.warnings().iter();
-        self.warnings.extend(warnings.map(|text| format!("{}: {text}", image.path.display())));
-        Ok(Disk::Vmdk(Arc::new(disk)))
+        self.below(image.path, wanted, place).map(Base::Disk).map(Some)
     }
 
     /// Opens the image that the one at `path` is based on, for reading.
-    fn below(&mut self, path: &Path, wanted: &Wanted<'_>, place: &Place<'_>) -> Result<Disk> {
+    fn below(&mut self, path: &Path, wanted: &Wanted, place: &Place<'_>) -> Result<Disk> {
         let mut missing = None;
         for name in &wanted.names {
             match self.below_by_name(path, name, wanted, place) {
@@ -333,7 +282,7 @@ impl<'a> Walk<'a> {
         &mut self,
         path: &Path,
         name: &str,
-        wanted: &Wanted<'_>,
+        wanted: &Wanted,
         place: &Place<'_>,
     ) -> Result<Disk> {
         let format = wanted.format;
@@ -366,19 +315,30 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// What an image is based on.
+enum Base {
+    Disk(Disk),
+    /// It asks for something, and nobody wants to open that.
+    Nothing,
+}
+
+impl Base {
+    fn device(&self) -> Arc<dyn BlockDevice> {
+        match self {
+            Self::Disk(disk) => disk.device(),
+            Self::Nothing => Arc::new(MemoryDevice::read_only(Vec::new())),
+        }
+    }
+}
+
 /// What an image asks to be based on.
-struct Wanted<'a> {
+struct Wanted {
     /// Its names, in the order in which they are to be tried.
-    names: Vec<&'a str>,
-    role: &'a str,
+    names: Vec<String>,
+    role: &'static str,
     format: Option<Format>,
     /// It may be outside of the image's folder, for users who say so.
     anywhere: bool,
-}
-
-/// Stands for a parent that nobody wants to open.
-fn nothing() -> Arc<dyn BlockDevice> {
-    Arc::new(MemoryDevice::read_only(Vec::new()))
 }
 
 fn connect(address: &NbdAddress, read_only: bool) -> Result<Remote> {

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Making new images.
+//! Making new images, empty or to be filled.
 
-use crate::{Format, Place, Spec};
+use crate::files::Beside;
+use crate::unflushed::Unflushed;
+use crate::{FolderGate, Format, Place, Spec};
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{Error, Result, Span, Storage, Zeroing};
+use tranship_block::{BlockDevice, Error, PackedTarget, Result, Span, Storage, Zeroing};
+use tranship_qcow2::Qcow2;
 use tranship_raw::{Access, RawFile};
+use tranship_vpc::Vpc;
 
 /// A new image, with what its format lets one choose.
 #[derive(Clone, Debug)]
@@ -16,11 +20,25 @@ pub enum Create {
     Raw {
         /// Bytes.
         size: u64,
-        /// Reserve space for all of them.
-        reserve: bool,
+        /// Space that is reserved for them.
+        preallocation: RawPreallocation,
     },
     /// A QCOW2 image.
     Qcow2(tranship_qcow2::CreateOptions),
+    /// A VHD image.
+    Vpc(tranship_vpc::CreateOptions),
+}
+
+/// Space that is reserved for a new raw disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RawPreallocation {
+    /// None: all of it is a hole.
+    #[default]
+    Off,
+    /// All of it, without writing.
+    Falloc,
+    /// All of it, by writing zeroes.
+    Full,
 }
 
 impl Create {
@@ -29,6 +47,7 @@ impl Create {
         match self {
             Self::Raw { .. } => Format::Raw,
             Self::Qcow2(_) => Format::Qcow2,
+            Self::Vpc(_) => Format::Vpc,
         }
     }
 }
@@ -43,39 +62,171 @@ pub fn create(spec: &Spec, what: &Create) -> Result<()> {
     let Place::File(path) = &spec.place else {
         return Err(Error::unsupported(format!("{} is no file to make an image in", spec.name)));
     };
-    let storage = emptied(path)?;
-    create_in(&*storage, what).map_err(|error| error.in_file(path))
+    let storage: Arc<dyn Storage> = emptied(path)?;
+    create_in(&storage, path, what).map_err(|error| error.in_file(path))
 }
 
-/// Makes an image in `storage`; what was in it is lost.
+fn create_in(storage: &Arc<dyn Storage>, _path: &Path, what: &Create) -> Result<()> {
+    match what {
+        Create::Raw { size, preallocation } => {
+            storage.set_len(*size)?;
+            reserve(&**storage, *size, *preallocation)?;
+            storage.flush()
+        }
+        Create::Qcow2(options) => tranship_qcow2::create(&**storage, options),
+        Create::Vpc(options) => tranship_vpc::create(&**storage, options),
+    }
+}
+
+fn reserve(storage: &dyn Storage, size: u64, preallocation: RawPreallocation) -> Result<()> {
+    match preallocation {
+        RawPreallocation::Off => Ok(()),
+        RawPreallocation::Falloc => {
+            storage.write_zeroes(Span::new(0, size), Zeroing::KeepAllocated)
+        }
+        RawPreallocation::Full => {
+            let zeroes = vec![0; 1 << 20];
+            let mut at = 0_u64;
+            while at < size {
+                let len = usize::try_from(size.saturating_sub(at)).unwrap_or(usize::MAX);
+                let piece = zeroes.get(..len).unwrap_or(&zeroes);
+                storage.write_at(piece, at)?;
+                at = at.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
+            }
+            Ok(())
+        }
+    }
+}
+
+/// How a new image is filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FillOptions {
+    /// Compress its units.
+    pub compressed: bool,
+    /// What was written and flushed survives a kill, so that filling can go on; slower.
+    pub restartable: bool,
+    /// Go on with an image that an earlier run has begun with the same options.
+    pub resume: bool,
+    /// A flush waits for the disk.
+    pub durable: bool,
+}
+
+/// A new image that is being filled: until [`Self::finish`] it is none.
+#[derive(Debug)]
+pub enum Filling {
+    /// Written like any disk; reads as zero, or from what it is based on, until then.
+    Device(Arc<dyn BlockDevice>),
+    /// The same, but its tables are kept back.
+    Qcow2(Arc<Qcow2>),
+    /// Written in units that are compressed.
+    Packed(Arc<dyn PackedTarget>),
+}
+
+impl Filling {
+    /// What the guest sees, if it can be written in any order.
+    pub fn device(&self) -> Option<Arc<dyn BlockDevice>> {
+        match self {
+            Self::Device(device) => Some(Arc::clone(device)),
+            Self::Qcow2(disk) => Some(Arc::<Qcow2>::clone(disk)),
+            Self::Packed(_) => None,
+        }
+    }
+
+    /// Makes it an image.
+    ///
+    /// # Errors
+    ///
+    /// I/O errors.
+    pub fn finish(self) -> Result<()> {
+        match self {
+            Self::Device(device) => device.flush(),
+            Self::Qcow2(disk) => disk.finish(),
+            // Whoever packs finishes as well.
+            Self::Packed(_) => Ok(()),
+        }
+    }
+}
+
+/// Begins the image `what` in the file `path`. What it is based on is read from `backing`.
 ///
 /// # Errors
 ///
-/// As [`create`].
-pub fn create_in(storage: &dyn Storage, what: &Create) -> Result<()> {
-    match what {
-        Create::Raw { size, reserve } => {
-            storage.set_len(*size)?;
-            if *reserve {
-                storage.write_zeroes(Span::new(0, *size), Zeroing::KeepAllocated)?;
-            }
-            storage.flush()
-        }
-        Create::Qcow2(options) => tranship_qcow2::create(storage, options),
+/// As [`create`]; [`tranship_block::ErrorKind::Unsupported`] if images of the format cannot
+/// be compressed, or not in a restartable way.
+pub fn fill(
+    path: &Path,
+    what: &Create,
+    options: FillOptions,
+    backing: Option<Arc<dyn BlockDevice>>,
+) -> Result<Filling> {
+    let file = if options.resume { existing(path)? } else { emptied(path)? };
+    let storage: Arc<dyn Storage> = if options.durable { file } else { Arc::new(Unflushed(file)) };
+    begin(storage, path, what, options, backing).map_err(|error| error.in_file(path))
+}
+
+fn begin(
+    storage: Arc<dyn Storage>,
+    path: &Path,
+    what: &Create,
+    options: FillOptions,
+    backing: Option<Arc<dyn BlockDevice>>,
+) -> Result<Filling> {
+    if options.compressed && options.restartable {
+        return Err(Error::unsupported(
+            "a compressed image is written in one go: such a copy cannot be resumed",
+        ));
     }
+    if options.compressed {
+        return match what {
+            Create::Qcow2(what) => {
+                let packed = tranship_qcow2::create_packed(storage, what)?;
+                Ok(Filling::Packed(Arc::new(packed)))
+            }
+            _ => Err(Error::unsupported("Compression not supported for this file format")),
+        };
+    }
+    if let (Create::Qcow2(what), false) = (what, options.restartable) {
+        let disk = tranship_qcow2::create_over(storage, what, backing)?;
+        return Ok(Filling::Qcow2(Arc::new(disk)));
+    }
+    if !options.resume {
+        create_in(&storage, path, what)?;
+    }
+    let device: Arc<dyn BlockDevice> = match what {
+        Create::Raw { .. } => storage,
+        Create::Qcow2(what) => {
+            if options.resume {
+                // What the interrupted run had allocated and not yet put to use.
+                tranship_qcow2::repair_leaks(&*storage)?;
+            }
+            let data_file = what.data_file.as_ref().map(|file| Arc::clone(&file.storage));
+            let options = tranship_qcow2::OpenOptions { backing, data_file, ..Default::default() };
+            Arc::new(Qcow2::open(storage, options)?)
+        }
+        Create::Vpc(_) => Arc::new(Vpc::open(storage, tranship_vpc::OpenOptions::default())?),
+    };
+    Ok(Filling::Device(device))
 }
 
 /// The file at `path` without its contents; it is made if it is not there.
 fn emptied(path: &Path) -> Result<Arc<dyn Storage>> {
-    let failed = |error| Error::io("cannot create", error).in_file(path);
-    let is_there = path.exists();
-    if is_there {
+    if path.exists() {
         // Looks at what it is before anything of it is lost.
         let file = RawFile::open(path, Access::ReadWrite)?;
         file.set_len(0)?;
         return Ok(Arc::new(file));
     }
+    let failed = |error| Error::io("cannot create", error).in_file(path);
     let file =
         File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
     Ok(Arc::new(RawFile::from_file(file, path, Access::ReadWrite)?))
+}
+
+fn existing(path: &Path) -> Result<Arc<dyn Storage>> {
+    Ok(Arc::new(RawFile::open(path, Access::ReadWrite)?))
+}
+
+/// The files beside the one at `path`.
+pub(crate) fn beside(path: &Path) -> Beside {
+    Beside(FolderGate::beside(path, &[]))
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Storage};
 use tranship_qcow2::Qcow2;
 use tranship_vmdk::Vmdk;
+use tranship_vpc::Vpc;
 
 /// An open disk.
 #[derive(Debug)]
@@ -62,15 +63,20 @@ pub enum Disk {
     Qcow2(Arc<Qcow2>),
     /// VMDK, with all its extents.
     Vmdk(Arc<Vmdk>),
+    /// VHD.
+    Vpc(Arc<Vpc>),
+    /// A format that is only read.
+    Other(Arc<dyn BlockDevice>),
 }
 
 impl Disk {
     /// The disk as every format has it.
     pub fn device(&self) -> Arc<dyn BlockDevice> {
         match self {
-            Self::Raw(device) => Arc::clone(device),
+            Self::Raw(device) | Self::Other(device) => Arc::clone(device),
             Self::Qcow2(disk) => Arc::<Qcow2>::clone(disk),
             Self::Vmdk(disk) => Arc::<Vmdk>::clone(disk),
+            Self::Vpc(disk) => Arc::<Vpc>::clone(disk),
         }
     }
 }

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The one door to all disk formats: probe and open by name.
 //!
-//! [`open`] turns a path, and [`open_spec`] whatever QEMU's tools take as a name, into a disk with its whole backing chain. What images ask for by
-//! name goes through a [`FolderGate`], and a backing file is opened in the format that
-//! the image names for it: a format that was guessed could have been chosen by a guest.
+//! [`open`] turns a path, and [`open_spec`] whatever QEMU's tools take as a name, into a
+//! disk with its whole backing chain. What images ask for by name goes through a
+//! [`FolderGate`], and a backing file is opened in the format that the image names for it:
+//! a format that was guessed could have been chosen by a guest.
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
 mod chain;
+mod compressing;
 mod create;
+mod files;
 mod format;
 mod gate;
 mod layer;
@@ -16,12 +19,16 @@ mod null;
 mod probe;
 mod secrets;
 mod spec;
+mod staged;
+mod unflushed;
 
 pub use chain::{OpenOptions, Trust, open, open_device, open_spec};
-pub use create::{Create, create, create_in};
+pub use compressing::Compressing;
+pub use create::{Create, FillOptions, Filling, RawPreallocation, create, fill};
 pub use format::Format;
 pub use gate::FolderGate;
 pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
 pub use secrets::Secrets;
 pub use spec::{Below, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
+pub use staged::Staged;

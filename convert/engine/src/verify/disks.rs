@@ -52,7 +52,10 @@ fn overlay(disk: &Disk, file: &Path) -> Result<Arc<dyn BlockDevice>> {
     let backing = tranship_formats::open(&disk.path, &options).map_err(failed)?.device;
     let storage = RawFile::create(file, 0).map_err(failed)?;
     tranship_qcow2::create(&storage, &CreateOptions::new(backing.size())).map_err(failed)?;
-    let options = tranship_qcow2::OpenOptions { read_only: false, backing: Some(backing) };
+    let options = tranship_qcow2::OpenOptions {
+        backing: Some(backing),
+        ..tranship_qcow2::OpenOptions::default()
+    };
     Ok(Arc::new(Qcow2::open(Arc::new(storage), options).map_err(failed)?))
 }
 

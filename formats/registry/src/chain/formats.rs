@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What each format needs to be opened: its parent, its other files, its passphrase.
+
+use super::{Base, Image, Place, Walk, Wanted};
+use crate::Format;
+use crate::files::Beside;
+use crate::layer::Disk;
+use crate::spec::VpcSize;
+use std::sync::Arc;
+use tranship_block::{BlockDevice, Error, ErrorKind, Request, Result, SectorCipher, Storage};
+use tranship_qcow2::{Encryption, Qcow2};
+use tranship_vmdk::{NO_PARENT, Vmdk};
+use tranship_vpc::{ParentRequest, SizeSource, Vpc};
+
+impl Walk<'_> {
+    pub(super) fn disk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        match image.format {
+            Format::Raw => Ok(Disk::Raw(image.file)),
+            Format::Qcow2 => self.qcow2(image, place),
+            Format::Vmdk => self.vmdk(image, place),
+            Format::Vpc => self.vpc(image, place),
+            other => Err(Error::unsupported(format!("disks of format {other} cannot be opened"))),
+        }
+    }
+
+    fn warn(&mut self, image: &str, warnings: &[String]) {
+        self.warnings.extend(warnings.iter().map(|text| format!("{image}: {text}")));
+    }
+
+    fn qcow2(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        let header = tranship_qcow2::Header::read(&image.file)?;
+        let wanted = match &header.backing {
+            None => None,
+            Some(backing) => {
+                let format = backing.format.as_deref().map(str::parse).transpose()?;
+                let names = vec![backing.name.clone()];
+                Some(Wanted { names, role: "backing file", format, anywhere: true })
+            }
+        };
+        let options = tranship_qcow2::OpenOptions {
+            read_only: image.storage.is_none(),
+            backing: self.base(&image, place, wanted.as_ref())?.map(|base| base.device()),
+            data_file: self.data_file(&header, &image, place)?,
+            cipher: self.cipher(&header, &image)?,
+            ..tranship_qcow2::OpenOptions::default()
+        };
+        let disk = match image.storage {
+            Some(storage) => Qcow2::open(storage, options)?,
+            None => Qcow2::open_read_only_with(image.file, options)?,
+        };
+        Ok(Disk::Qcow2(Arc::new(disk)))
+    }
+
+    /// The file that has an image's payload: never outside of the folders that are allowed.
+    fn data_file(
+        &self,
+        header: &tranship_qcow2::Header,
+        image: &Image<'_>,
+        place: &Place<'_>,
+    ) -> Result<Option<Arc<dyn Storage>>> {
+        if !header.has_data_file() {
+            return Ok(None);
+        }
+        let Some(name) = &header.data_file else {
+            return Err(Error::corrupt("the image keeps its data in a file that it does not name"));
+        };
+        let Place::Folder(gate) = place else {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!("the image keeps its data in another file {name:?}, which is not opened"),
+            ));
+        };
+        // Unlike a parent, it can be made to name any file of the host as its own bytes:
+        // only a user who says where such files are may have it opened.
+        if self.options.allowed.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Denied,
+                format!(
+                    "the image keeps its data in another file {name:?}, which is opened only \
+                     below a folder that is allowed for that"
+                ),
+            ));
+        }
+        let request =
+            Request { name, role: "external data file", writable: image.storage.is_some() };
+        Ok(Some(Arc::new(gate.open_file(request)?)))
+    }
+
+    /// The cipher of an encrypted image, if there is a passphrase for it.
+    fn cipher(
+        &self,
+        header: &tranship_qcow2::Header,
+        image: &Image<'_>,
+    ) -> Result<Option<Arc<dyn SectorCipher>>> {
+        let Some(encryption) = header.encryption() else { return Ok(None) };
+        let Some(passphrase) = self.passphrase(image)? else { return Ok(None) };
+        match encryption {
+            Encryption::Aes => tranship_luks::legacy_aes_cipher(passphrase).map(Some),
+            Encryption::Luks { offset, len } => {
+                let span = tranship_block::Span::new(offset, len);
+                let area: Arc<dyn BlockDevice> =
+                    Arc::new(tranship_block::Slice::new(Arc::clone(&image.file), span)?);
+                let limits = tranship_luks::Limits::default();
+                tranship_luks::unlock_cipher(&area, passphrase, &limits).map(Some)
+            }
+        }
+    }
+
+    /// The passphrase that the user has for `image`.
+    fn passphrase(&self, image: &Image<'_>) -> Result<Option<&[u8]>> {
+        match image.spec.and_then(|spec| spec.key_secret.as_deref()) {
+            Some(id) => self.options.secrets.get(id).map(Some),
+            None => Ok(self.options.secrets.only()),
+        }
+    }
+
+    fn vmdk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        let descriptor = tranship_vmdk::read_descriptor(&image.file)?;
+        let is_child = |cid: &u32| *cid != NO_PARENT;
+        let wanted = descriptor
+            .filter(|descriptor| descriptor.parent_cid.as_ref().is_some_and(is_child))
+            .and_then(|descriptor| descriptor.parent_hint)
+            .map(|hint| Wanted {
+                // ESXi writes absolute paths of its own: the file is beside its child.
+                names: with_file_name(hint),
+                role: "parent disk",
+                format: Some(Format::Vmdk),
+                anywhere: false,
+            });
+        let parent = self.base(&image, place, wanted.as_ref())?.map(|base| {
+            let cid = match &base {
+                Base::Disk(Disk::Vmdk(disk)) => disk.cid(),
+                _ => None,
+            };
+            tranship_vmdk::Parent { device: base.device(), cid }
+        });
+        let options = tranship_vmdk::OpenOptions {
+            parent,
+            salvage: self.options.salvage,
+            ..tranship_vmdk::OpenOptions::default()
+        };
+        let disk = match (image.storage, place) {
+            (Some(storage), Place::Folder(gate)) => {
+                Vmdk::open_writable(storage, &Beside(gate.clone()), options)?
+            }
+            _ => Vmdk::open(image.file, place.gate(), options)?,
+        };
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Vmdk(Arc::new(disk)))
+    }
+
+    fn vpc(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        let request = ParentRequest::read(&image.file)?;
+        let wanted = request.as_ref().map(|request| Wanted {
+            names: request.names.iter().map(|name| name.name.clone()).collect(),
+            role: "parent disk",
+            format: Some(Format::Vpc),
+            anywhere: true,
+        });
+        let parent = match (self.base(&image, place, wanted.as_ref())?, &request) {
+            (Some(base), Some(request)) => {
+                let unique_id = match &base {
+                    Base::Disk(Disk::Vpc(disk)) => disk.unique_id(),
+                    // What nobody opens, or what the user gives, is what was asked for.
+                    _ => request.unique_id,
+                };
+                Some(tranship_vpc::Parent { device: base.device(), unique_id })
+            }
+            _ => None,
+        };
+        let size = image.spec.and_then(|spec| spec.vpc_size).map(|size| match size {
+            VpcSize::Chs => SizeSource::Chs,
+            VpcSize::CurrentSize => SizeSource::CurrentSize,
+        });
+        let options = tranship_vpc::OpenOptions {
+            read_only: image.storage.is_none(),
+            salvage: self.options.salvage,
+            force_size_calc: size,
+            parent,
+            ..tranship_vpc::OpenOptions::default()
+        };
+        let disk = match image.storage {
+            Some(storage) => Vpc::open(storage, options)?,
+            None => Vpc::open_read_only(image.file, options)?,
+        };
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Vpc(Arc::new(disk)))
+    }
+}
+
+/// A name, and after it the name of the file alone: paths of other systems lead nowhere,
+/// but whoever copied the images has kept them together.
+fn with_file_name(name: String) -> Vec<String> {
+    let file = name.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+    if file == name || file.is_empty() { vec![name] } else { vec![name, file] }
+}
