@@ -135,10 +135,10 @@ mod tests {
     #[test]
     fn gaps_are_used_first_and_data_is_aligned() {
         let metadata = [(Span::new(0, 2048), "metadata")];
-        // Blocks at sectors 7 and 31: room for one block between them that is aligned.
+        // Blocks at sectors 7 and 32: room for one block between them that is aligned.
         let occupied =
-            Occupied { blocks: vec![(7, 0), (31, 1)], end: 40 * 512, faults: Vec::new() };
-        let mut space = Space::new(&occupied, &LAYOUT, &metadata, Some(40 * 512));
+            Occupied { blocks: vec![(7, 0), (32, 1)], end: 41 * 512, faults: Vec::new() };
+        let mut space = Space::new(&occupied, &LAYOUT, &metadata, Some(41 * 512));
         let slot = space.take(&LAYOUT);
         assert_eq!(slot, Slot { start: 23 * 512, is_new: false });
         let slot = space.take(&LAYOUT);
