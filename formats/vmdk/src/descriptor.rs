@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The descriptor: a text that says what a disk is made of.
 
-use crate::ExtentLine;
+use crate::{ExtentLine, MAX_EXTENTS};
 use std::collections::BTreeMap;
 use tranship_block::{Error, Result};
 
 /// The `parentCID` of a disk that has no parent.
 pub const NO_PARENT: u32 = u32::MAX;
-/// More extents than any product writes (8 TiB in 2 GiB pieces); each may cost an open file.
-const MAX_EXTENTS: usize = 4096;
 /// Keys beyond this number are an attack on memory.
 const MAX_KEYS: usize = 4096;
 

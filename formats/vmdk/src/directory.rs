@@ -115,7 +115,7 @@ pub(crate) fn read_at(
                 entries.extend(bytes.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)));
             }
             Entries::SeSparse { tables, .. } => {
-                let count = tables.len / layout.table_len().max(1);
+                let count = tables.len.checked_div(layout.table_len()).unwrap_or(0);
                 for entry in bytes.as_chunks().0 {
                     match table_number(u64::from_le_bytes(*entry), count) {
                         Ok(number) => entries.push(number),

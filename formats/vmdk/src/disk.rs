@@ -347,7 +347,7 @@ impl BlockDevice for Vmdk {
                 extent.flush().map_err(|error| piece.blame(error))?;
             }
         }
-        self.flat_files.iter().try_for_each(|file| file.flush())
+        self.flat_files.iter().try_for_each(BlockDevice::flush)
     }
 }
 

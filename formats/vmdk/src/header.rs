@@ -127,13 +127,13 @@ pub(crate) fn read(file: &dyn BlockDevice) -> Result<Layout> {
         return Ok(header);
     }
     match footer::find(file, &header)? {
-        Some(footer) => merge(&header, footer),
+        Some(footer) => merge(&header, &footer),
         None => Ok(header),
     }
 }
 
 /// The header of a stream with the places that its footer knows.
-pub(crate) fn merge(header: &Layout, footer: Layout) -> Result<Layout> {
+pub(crate) fn merge(header: &Layout, footer: &Layout) -> Result<Layout> {
     if (footer.capacity, footer.grain, footer.table_entries, footer.compressed)
         != (header.capacity, header.grain, header.table_entries, header.compressed)
     {
@@ -142,7 +142,7 @@ pub(crate) fn merge(header: &Layout, footer: Layout) -> Result<Layout> {
              table size or compression",
         ));
     }
-    Ok(Layout { descriptor: header.descriptor, overhead: header.overhead, ..footer })
+    Ok(Layout { descriptor: header.descriptor, overhead: header.overhead, ..footer.clone() })
 }
 
 pub(crate) fn bytes_of(name: &str, sectors: u64) -> Result<u64> {

@@ -11,8 +11,12 @@
 
 mod busy;
 mod cache;
+mod check;
+mod check_extent;
+mod compose;
 mod compressed;
 mod cowd;
+mod create;
 mod descriptor;
 mod directory;
 mod disk;
@@ -26,15 +30,21 @@ mod losses;
 mod open;
 mod sesparse;
 mod sparse;
+mod stream;
 mod table;
 mod write;
 mod writer;
 
+pub use check::check;
+pub use create::{Adapter, CreateOptions, ParentLink, Subformat, create};
 pub use descriptor::{Descriptor, NO_PARENT};
 pub use disk::{ExtentInfo, Vmdk};
 pub use extents::{ExtentFiles, NoFiles};
 pub use line::{Access, ExtentLine, ExtentType};
 pub use open::{OpenOptions, Parent, probe, read_descriptor};
+pub use stream::StreamTarget;
 
 /// Bytes per sector, the unit of nearly every number in the format.
 pub(crate) const SECTOR: u64 = 512;
+/// More extents than any product writes (8 TiB in 2 GiB pieces); each costs an open file.
+pub(crate) const MAX_EXTENTS: usize = 4096;

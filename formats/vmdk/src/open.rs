@@ -40,7 +40,7 @@ pub struct Parent {
 
 /// What a file is by its first bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum File {
+pub(crate) enum File {
     /// A hosted sparse extent.
     Hosted,
     /// A delta extent of ESX.
@@ -60,7 +60,7 @@ pub fn probe(head: &[u8]) -> bool {
 /// First line of the descriptors that VMware's products write, in lower case.
 const SIGNATURE: &[u8] = b"# disk descriptorfile";
 
-fn file_kind(head: &[u8]) -> Option<File> {
+pub(crate) fn file_kind(head: &[u8]) -> Option<File> {
     let magics = [
         (MAGIC.as_slice(), File::Hosted),
         (cowd::MAGIC, File::Cowd),
@@ -95,14 +95,14 @@ pub fn read_descriptor(device: &dyn BlockDevice) -> Result<Option<Descriptor>> {
     }
 }
 
-fn read_head(device: &dyn BlockDevice) -> Result<Vec<u8>> {
+pub(crate) fn read_head(device: &dyn BlockDevice) -> Result<Vec<u8>> {
     let len = device.size().min(4096);
     let mut head = vec![0; usize::try_from(len).unwrap_or(0)];
     device.read_at(&mut head, 0)?;
     Ok(head)
 }
 
-fn not_a_disk() -> Error {
+pub(crate) fn not_a_disk() -> Error {
     Error::corrupt(
         "neither a VMDK descriptor nor a VMDK sparse extent; a file called -flat.vmdk holds \
          plain bytes and belongs to a descriptor",
@@ -124,7 +124,7 @@ fn embedded(device: &dyn BlockDevice, layout: &Layout) -> Result<Option<Descript
     Descriptor::parse(&text).map(Some).map_err(|error| error.at(span.start))
 }
 
-fn read_text(device: &dyn BlockDevice) -> Result<Descriptor> {
+pub(crate) fn read_text(device: &dyn BlockDevice) -> Result<Descriptor> {
     let size = device.size();
     if size > MAX_DESCRIPTOR_FILE {
         return Err(Error::corrupt(format!(

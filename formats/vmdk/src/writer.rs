@@ -46,7 +46,11 @@ impl Writer {
     pub(crate) fn new(storage: Arc<dyn Storage>, layout: &Layout, tables: &Tables) -> Self {
         let grain = layout.grain.get();
         let end = storage.size().div_ceil(grain).saturating_mul(grain);
-        let metadata = RwLock::new(metadata(layout, tables));
+        let load = |list: &[AtomicU32]| -> Vec<u32> {
+            list.iter().map(|entry| entry.load(Ordering::Acquire)).collect()
+        };
+        let metadata = metadata(layout, &load(&tables.primary), &load(&tables.redundant));
+        let metadata = RwLock::new(metadata);
         Self {
             storage,
             busy: Busy::default(),
@@ -207,20 +211,16 @@ impl Writer {
     }
 }
 
-/// Where the metadata is, ascending and joined.
-pub(crate) fn metadata(layout: &Layout, tables: &Tables) -> Vec<Span> {
+/// Where the metadata is, ascending and joined; `primary` and `redundant` are the two
+/// directories.
+pub(crate) fn metadata(layout: &Layout, primary: &[u32], redundant: &[u32]) -> Vec<Span> {
     let directory_len = layout.directory_entries.saturating_mul(layout.entry_len());
     let mut areas = vec![Span::new(0, SECTOR)];
     areas.extend(layout.descriptor);
     areas.extend(layout.directory.map(|at| Span::new(at, directory_len)));
     areas.extend(layout.redundant.map(|at| Span::new(at, directory_len)));
-    let entries = tables.primary.iter().chain(&tables.redundant);
-    areas.extend(
-        entries
-            .map(|entry| entry.load(Ordering::Acquire))
-            .filter(|entry| *entry != 0)
-            .map(|entry| Span::new(layout.table_at(entry), layout.table_len())),
-    );
+    let entries = primary.iter().chain(redundant).filter(|entry| **entry != 0);
+    areas.extend(entries.map(|entry| Span::new(layout.table_at(*entry), layout.table_len())));
     areas.sort_by_key(|area| area.start);
     let mut joined: Vec<Span> = Vec::new();
     for area in areas {
