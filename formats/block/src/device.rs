@@ -175,7 +175,7 @@ pub trait Storage: BlockDevice {
     fn set_len(&self, len: u64) -> Result<()>;
 }
 
-fn length(buf: &[u8]) -> u64 {
+pub(crate) fn length(buf: &[u8]) -> u64 {
     u64::try_from(buf.len()).unwrap_or(u64::MAX)
 }
 

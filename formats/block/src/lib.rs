@@ -11,6 +11,8 @@
 mod buffer;
 mod check;
 mod cipher;
+mod compare;
+mod concat;
 mod copy;
 mod device;
 mod error;
@@ -18,16 +20,20 @@ mod extent;
 mod fields;
 mod gate;
 mod manifest;
+mod measure;
 mod memory;
 mod packed;
 mod slice;
 #[cfg(test)]
 mod testing;
+mod throttle;
 mod zero;
 
 pub use buffer::AlignedBuffer;
 pub use check::{CheckReport, Repair};
 pub use cipher::SectorCipher;
+pub use compare::{CompareError, CompareOptions, Comparison, compare};
+pub use concat::Concat;
 pub use copy::{Copied, CopyObserver, CopyOptions, copy, copy_packed};
 pub use device::{Advice, BlockDevice, FileRange, Storage, Zeroing};
 pub use error::{Error, ErrorKind, Result};
@@ -38,7 +44,9 @@ pub use manifest::{
     Digest, HashedChunk, ManifestHeader, ManifestReader, ManifestSummary, ManifestWriter, Verified,
     VerifyOptions, verify,
 };
+pub use measure::{LatencyClass, Measured, OperationStatistics, Statistics};
 pub use memory::MemoryDevice;
 pub use packed::{Encoding, PackedTarget, PackedUnit};
 pub use slice::Slice;
+pub use throttle::{Rate, Throttle, Throttled};
 pub use zero::is_zero;

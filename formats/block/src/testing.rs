@@ -2,7 +2,9 @@
 //! Test doubles: devices with bad places.
 #![allow(clippy::arithmetic_side_effects, reason = "the numbers are the test's own")]
 
-use crate::{BlockDevice, Error, ErrorKind, Extent, MemoryDevice, Result, Span, Zeroing};
+use crate::{
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, MemoryDevice, Result, Span, Zeroing,
+};
 use std::ops::Range;
 
 /// A disk some of whose bytes cannot be read or written, or whose extents are wrong to
@@ -11,15 +13,29 @@ use std::ops::Range;
 pub(crate) struct Faulty {
     inner: MemoryDevice,
     bad: Vec<Range<u64>>,
+    stored: Vec<Range<u64>>,
+    no_extents: Vec<Range<u64>>,
 }
 
 impl Faulty {
     pub(crate) fn new(inner: MemoryDevice) -> Self {
-        Self { inner, bad: Vec::new() }
+        Self { inner, bad: Vec::new(), stored: Vec::new(), no_extents: Vec::new() }
     }
 
     pub(crate) fn bad(mut self, range: Range<u64>) -> Self {
         self.bad.push(range);
+        self
+    }
+
+    /// Everything there counts as data.
+    pub(crate) fn all_data(mut self, range: Range<u64>) -> Self {
+        self.stored.push(range);
+        self
+    }
+
+    /// Nobody knows what is there.
+    pub(crate) fn no_extents(mut self, range: Range<u64>) -> Self {
+        self.no_extents.push(range);
         self
     }
 
@@ -51,7 +67,12 @@ impl BlockDevice for Faulty {
         self.inner.write_zeroes(span, mode)
     }
     fn extent_at(&self, offset: u64) -> Result<Extent> {
-        self.inner.extent_at(offset)
+        if self.no_extents.iter().any(|range| range.contains(&offset)) {
+            return Err(Error::corrupt("table is gone").at(offset));
+        }
+        let extent = self.inner.extent_at(offset)?;
+        let stored = self.stored.iter().any(|range| range.contains(&offset));
+        Ok(if stored { Extent { kind: ExtentKind::Data, ..extent } } else { extent })
     }
     fn flush(&self) -> Result<()> {
         self.inner.flush()

@@ -2,11 +2,14 @@
 //! Positioned I/O on the file: reads, writes, holes.
 
 use crate::file::{Access, RawFile};
-use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::fs::{Advice as FileAdvice, FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
-use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Storage, Zeroing};
+use tranship_block::{
+    BlockDevice, Error, Extent, ExtentKind, FileRange, Result, Span, Storage, Zeroing,
+};
 
 /// Zeroes for file systems that can neither punch holes nor zero ranges.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -218,6 +221,73 @@ impl BlockDevice for RawFile {
                 }
             }
         }
+    }
+
+    fn file_range(&self, offset: u64) -> Option<FileRange<'_>> {
+        let len = self.len().checked_sub(offset).filter(|len| *len > 0)?;
+        // A block device is no party to copies inside the kernel.
+        (!self.is_block_device).then(|| FileRange { file: self.file.as_fd(), offset, len })
+    }
+
+    fn write_from_file(&self, offset: u64, range: &FileRange<'_>) -> Result<bool> {
+        if self.is_block_device { Ok(false) } else { self.copy_from(offset, range) }
+    }
+
+    fn advise(&self, span: Span, advice: tranship_block::Advice) {
+        use tranship_block::Advice;
+        let Some(len) = std::num::NonZeroU64::new(span.len) else { return };
+        // Advice that is refused changes nothing that a caller could act on.
+        let _ = match advice {
+            Advice::WillRead => {
+                rustix::fs::fadvise(&self.file, span.start, Some(len), FileAdvice::Sequential)
+            }
+            // Linux drops what is clean and starts to write what is not, for both.
+            Advice::DropCache | Advice::StartWriteback => {
+                rustix::fs::fadvise(&self.file, span.start, Some(len), FileAdvice::DontNeed)
+            }
+        };
+    }
+}
+
+/// What one call of `copy_file_range` may copy at most: a whole page less than it takes.
+const MOST_COPIED: usize = 0x7fff_f000;
+
+impl RawFile {
+    /// As [`BlockDevice::write_from_file`]. Where both files share blocks (XFS, Btrfs) and
+    /// the range is whole blocks, the kernel makes a reflink of it.
+    fn copy_from(&self, offset: u64, range: &FileRange<'_>) -> Result<bool> {
+        self.check_write(Span::new(offset, range.len))?;
+        let (mut from, mut to) = (range.offset, offset);
+        let end = offset.saturating_add(range.len);
+        while to < end {
+            let left = usize::try_from(end.saturating_sub(to)).unwrap_or(MOST_COPIED);
+            let count = rustix::fs::copy_file_range(
+                range.file,
+                Some(&mut from),
+                &self.file,
+                Some(&mut to),
+                left.min(MOST_COPIED),
+            );
+            match count {
+                Ok(count) if count > 0 => {}
+                Err(Errno::INTR) => {}
+                // Nothing: the other file ends here, and reading it tells what that means.
+                Ok(_)
+                | Err(
+                    Errno::XDEV
+                    | Errno::INVAL
+                    | Errno::OPNOTSUPP
+                    | Errno::NOSYS
+                    | Errno::BADF
+                    | Errno::PERM
+                    | Errno::TXTBSY
+                    | Errno::OVERFLOW
+                    | Errno::ISDIR,
+                ) => return Ok(false),
+                Err(errno) => return Err(self.failed("copy", errno, to)),
+            }
+        }
+        Ok(true)
     }
 }
 
