@@ -106,7 +106,9 @@ impl Qcow2 {
         loop {
             if let Some((host, count)) = metadata.in_place(&self.file, first_unit, most_units)? {
                 let len = count.saturating_mul(unit).saturating_sub(within).min(len);
-                return Ok(Target::InPlace { host: host.saturating_add(within), len });
+                let host = host.saturating_add(within);
+                self.reach_to(&mut metadata, host.saturating_add(len))?;
+                return Ok(Target::InPlace { host, len });
             }
             let found = self.unmapped(&mut metadata, offset, len)?;
             let guest = found.guest;
@@ -119,6 +121,7 @@ impl Qcow2 {
             } else if let Some(host) = found.reserved {
                 let run = Run { first: geometry.index(host.offset), count: guest.count };
                 metadata.check_exclusive(&self.file, run)?;
+                self.reach_to(&mut metadata, geometry.offset(run.end()))?;
                 run
             } else {
                 self.take(&mut metadata, guest.count)?
@@ -234,6 +237,17 @@ impl Qcow2 {
             }
         }
         Ok(Unmapped { guest, reserved, whole: false, end })
+    }
+
+    /// Makes the file long enough for the clusters up to `end`, which others gave out: not
+    /// all writers fill the last one.
+    fn reach_to(&self, metadata: &mut Metadata, end: u64) -> Result<()> {
+        if self.geometry.external || end <= self.file.size() {
+            return Ok(());
+        }
+        let clusters = self.geometry.clusters_for(end);
+        metadata.refcounts.end = metadata.refcounts.end.max(clusters);
+        self.reach(metadata)
     }
 
     /// Makes the file long enough for every cluster that was given out.
