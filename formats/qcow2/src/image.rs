@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An open image.
 
+use crate::bitmaps::tracking::Tracking;
 use crate::compressed::Inflated;
 use crate::geometry::{Geometry, Mapping, to_u64};
 use crate::header::{Compression, Header};
@@ -60,6 +61,8 @@ pub struct Qcow2 {
     /// Length of the file when it was opened; it is never cut below.
     pub(crate) original_len: u64,
     pub(crate) inflated: Mutex<Inflated>,
+    /// Enabled bitmaps; may be locked while the metadata is.
+    pub(crate) tracking: Mutex<Tracking>,
 }
 
 impl Qcow2 {
@@ -174,7 +177,19 @@ impl Qcow2 {
             writing_back: Mutex::new(()),
             failed: AtomicBool::new(false),
             inflated: Mutex::default(),
+            tracking: Mutex::default(),
         })
+    }
+
+    /// Makes everything durable and stores the bitmaps that writes have marked, as dropping
+    /// it does, and reports what goes wrong.
+    ///
+    /// # Errors
+    ///
+    /// I/O errors. Bitmaps are inconsistent then.
+    pub fn close(self) -> Result<()> {
+        self.stop_tracking()?;
+        self.shut()
     }
 
     /// What the header said when the image was opened.
@@ -280,6 +295,7 @@ impl BlockDevice for Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         // Errors have nobody to go to here: who needs to know calls flush or finish first.
-        let _ = self.close();
+        let _ = self.stop_tracking();
+        let _ = self.shut();
     }
 }

@@ -21,6 +21,7 @@ mod check;
 mod compress;
 mod compressed;
 mod create;
+mod editor;
 mod encode;
 mod extensions;
 mod first_cluster;
@@ -40,10 +41,16 @@ mod write;
 mod writeback;
 mod zero;
 
+pub use bitmaps::{
+    Bitmap, BitmapContent, add_bitmap, bitmaps, clear_bitmap, disable_bitmap, enable_bitmap,
+    merge_bitmap, remove_bitmap,
+};
 pub use check::{check, check_read_only};
 pub use create::{CreateOptions, DataFile, Preallocation, create, create_for_writing, create_over};
 pub use header::{Backing, Compression, Encryption, Header, MAGIC};
 pub use image::{OpenOptions, Qcow2};
 pub use packed::{PackedQcow2, create_packed};
 pub use repair::{rebuild_refcounts, repair_leaks};
-pub use snapshots::{Snapshot, snapshots};
+pub use snapshots::{
+    Snapshot, apply_snapshot, create_snapshot, delete_snapshot, snapshot_view, snapshots,
+};

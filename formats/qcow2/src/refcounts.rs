@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Reference counts: the table, its blocks, and finding clusters that nobody uses.
 
+mod append;
+
 use crate::cache::Cache;
 use crate::geometry::{Geometry, to_u64, to_usize};
 use crate::header::LARGEST_REFCOUNT_TABLE;

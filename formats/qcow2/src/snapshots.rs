@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The table of internal snapshots.
 
+mod operations;
+mod view;
+
+pub use operations::{apply_snapshot, create_snapshot, delete_snapshot};
+pub use view::snapshot_view;
+
 use crate::geometry::{to_u64, to_usize};
 use crate::header::{Header, LARGEST_L1};
 use crate::refcounts::read_table;

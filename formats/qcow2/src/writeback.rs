@@ -19,7 +19,7 @@
 
 use crate::bulk;
 use crate::geometry::to_u64;
-use crate::header::{DATA_FILE_RAW, DIRTY};
+use crate::header::DIRTY;
 use crate::image::Qcow2;
 use crate::metadata::{Metadata, Run};
 use crate::refcounts::{SECTOR_ENTRIES, to_bytes};
@@ -56,6 +56,7 @@ impl Qcow2 {
             self.prepare(&mut metadata, storage)?;
             metadata.prepared = true;
         }
+        self.tracking.lock().unwrap_or_else(PoisonError::into_inner).mark(span);
         if metadata.frees.len() > MOST_FREES {
             drop(metadata);
             self.flush_all()?;
@@ -121,12 +122,10 @@ impl Qcow2 {
                 "the header's cluster has a reference count of 0: reference counts are missing",
             ));
         }
-        // Data that this crate does not keep up to date is no longer valid.
-        let kept = if header.has_data_file() { DATA_FILE_RAW } else { 0 };
         let mut must_flush = false;
-        if header.autoclear_features & !kept != 0 {
-            let features = header.autoclear_features & kept;
-            storage.write_at(&features.to_be_bytes(), 88)?;
+        if header.autoclear_features != 0 {
+            let kept = self.start_tracking(&**storage)?;
+            storage.write_at(&kept.to_be_bytes(), 88)?;
             must_flush = true;
         }
         if header.has_lazy_refcounts() {
@@ -285,7 +284,7 @@ impl Qcow2 {
 
     /// What is left to do when nobody uses the image any more; one that was never
     /// finished stays none.
-    pub(crate) fn close(&self) -> Result<()> {
+    pub(crate) fn shut(&self) -> Result<()> {
         if self.lock().bulk.is_some() { Ok(()) } else { self.finish() }
     }
 
