@@ -161,8 +161,11 @@ impl<'a> Walk<'a> {
     /// Opens an image that the user names.
     fn named(&mut self, spec: &Spec, read_only: bool, format: Option<Format>) -> Result<Disk> {
         let path = spec.path().unwrap_or(Path::new(&spec.name));
+        // A disk of Parallels is a folder.
+        let inside = path.join("DiskDescriptor.xml");
+        let path = if inside.is_file() { &inside } else { path };
         let (file, storage): (Arc<dyn BlockDevice>, Option<Arc<dyn Storage>>) = match &spec.place {
-            crate::spec::Place::File(path) => {
+            crate::spec::Place::File(_) => {
                 let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
                 let file = Arc::new(RawFile::open(path, access)?);
                 self.remember(&file)?;

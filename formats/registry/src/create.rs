@@ -10,6 +10,8 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, PackedTarget, Result, Span, Storage, Zeroing};
 use tranship_qcow2::Qcow2;
 use tranship_raw::{Access, RawFile};
+use tranship_vhdx::Vhdx;
+use tranship_vmdk::{Subformat, Vmdk};
 use tranship_vpc::Vpc;
 
 /// A new image, with what its format lets one choose.
@@ -27,6 +29,10 @@ pub enum Create {
     Qcow2(tranship_qcow2::CreateOptions),
     /// A VHD image.
     Vpc(tranship_vpc::CreateOptions),
+    /// A VHDX image.
+    Vhdx(tranship_vhdx::CreateOptions),
+    /// A VMDK disk, with all its files.
+    Vmdk(tranship_vmdk::CreateOptions),
 }
 
 /// Space that is reserved for a new raw disk.
@@ -48,6 +54,8 @@ impl Create {
             Self::Raw { .. } => Format::Raw,
             Self::Qcow2(_) => Format::Qcow2,
             Self::Vpc(_) => Format::Vpc,
+            Self::Vhdx(_) => Format::Vhdx,
+            Self::Vmdk(_) => Format::Vmdk,
         }
     }
 }
@@ -66,7 +74,7 @@ pub fn create(spec: &Spec, what: &Create) -> Result<()> {
     create_in(&storage, path, what).map_err(|error| error.in_file(path))
 }
 
-fn create_in(storage: &Arc<dyn Storage>, _path: &Path, what: &Create) -> Result<()> {
+fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<()> {
     match what {
         Create::Raw { size, preallocation } => {
             storage.set_len(*size)?;
@@ -75,6 +83,8 @@ fn create_in(storage: &Arc<dyn Storage>, _path: &Path, what: &Create) -> Result<
         }
         Create::Qcow2(options) => tranship_qcow2::create(&**storage, options),
         Create::Vpc(options) => tranship_vpc::create(&**storage, options),
+        Create::Vhdx(options) => tranship_vhdx::create(&**storage, options),
+        Create::Vmdk(options) => tranship_vmdk::create(&**storage, &beside(path), options),
     }
 }
 
@@ -171,13 +181,20 @@ fn begin(
     options: FillOptions,
     backing: Option<Arc<dyn BlockDevice>>,
 ) -> Result<Filling> {
-    if options.compressed && options.restartable {
+    let is_stream =
+        matches!(what, Create::Vmdk(disk) if disk.subformat == Subformat::StreamOptimized);
+    let is_packed = options.compressed || is_stream;
+    if is_packed && options.restartable {
         return Err(Error::unsupported(
             "a compressed image is written in one go: such a copy cannot be resumed",
         ));
     }
-    if options.compressed {
+    if is_packed {
         return match what {
+            Create::Vmdk(what) if is_stream => {
+                let packed = tranship_vmdk::StreamTarget::create(storage, what)?;
+                Ok(Filling::Packed(Arc::new(packed)))
+            }
             Create::Qcow2(what) => {
                 let packed = tranship_qcow2::create_packed(storage, what)?;
                 Ok(Filling::Packed(Arc::new(packed)))
@@ -204,6 +221,11 @@ fn begin(
             Arc::new(Qcow2::open(storage, options)?)
         }
         Create::Vpc(_) => Arc::new(Vpc::open(storage, tranship_vpc::OpenOptions::default())?),
+        Create::Vhdx(_) => Arc::new(Vhdx::open(storage, tranship_vhdx::OpenOptions::default())?),
+        Create::Vmdk(_) => {
+            let options = tranship_vmdk::OpenOptions::default();
+            Arc::new(Vmdk::open_writable(storage, &beside(path), options)?)
+        }
     };
     Ok(Filling::Device(device))
 }
@@ -227,6 +249,6 @@ fn existing(path: &Path) -> Result<Arc<dyn Storage>> {
 }
 
 /// The files beside the one at `path`.
-pub(crate) fn beside(path: &Path) -> Beside {
+fn beside(path: &Path) -> Beside {
     Beside(FolderGate::beside(path, &[]))
 }

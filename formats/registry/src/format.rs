@@ -31,9 +31,19 @@ pub enum Format {
     Dmg,
     /// Linux disk encryption.
     Luks,
+    /// Compressed loop images.
+    Cloop,
+    /// A raw disk in a gzip file.
+    Gzip,
+    /// A raw disk in an xz file.
+    Xz,
+    /// A raw disk in a zstd file.
+    Zstd,
+    /// A raw disk in a bzip2 file.
+    Bzip2,
 }
 
-const NAMES: [(Format, &str); 11] = [
+const NAMES: [(Format, &str); 16] = [
     (Format::Raw, "raw"),
     (Format::Qcow2, "qcow2"),
     (Format::Vmdk, "vmdk"),
@@ -45,6 +55,11 @@ const NAMES: [(Format, &str); 11] = [
     (Format::Parallels, "parallels"),
     (Format::Dmg, "dmg"),
     (Format::Luks, "luks"),
+    (Format::Cloop, "cloop"),
+    (Format::Gzip, "gzip"),
+    (Format::Xz, "xz"),
+    (Format::Zstd, "zstd"),
+    (Format::Bzip2, "bzip2"),
 ];
 
 impl Format {
@@ -55,7 +70,7 @@ impl Format {
 
     /// Whether disks of this format can be opened.
     pub fn is_supported(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2 | Self::Vmdk)
+        !matches!(self, Self::Qcow | Self::Vdi | Self::Qed | Self::Dmg | Self::Cloop)
     }
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Storage};
 use tranship_qcow2::Qcow2;
+use tranship_vhdx::Vhdx;
 use tranship_vmdk::Vmdk;
 use tranship_vpc::Vpc;
 
@@ -65,6 +66,8 @@ pub enum Disk {
     Vmdk(Arc<Vmdk>),
     /// VHD.
     Vpc(Arc<Vpc>),
+    /// VHDX.
+    Vhdx(Arc<Vhdx>),
     /// A format that is only read.
     Other(Arc<dyn BlockDevice>),
 }
@@ -77,6 +80,7 @@ impl Disk {
             Self::Qcow2(disk) => Arc::<Qcow2>::clone(disk),
             Self::Vmdk(disk) => Arc::<Vmdk>::clone(disk),
             Self::Vpc(disk) => Arc::<Vpc>::clone(disk),
+            Self::Vhdx(disk) => Arc::<Vhdx>::clone(disk),
         }
     }
 }

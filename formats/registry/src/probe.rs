@@ -45,7 +45,7 @@ fn probe_bytes(device: &dyn BlockDevice) -> Result<Format> {
 }
 
 fn by_head(head: &[u8]) -> Option<Format> {
-    let starts: [(&[u8], Format); 7] = [
+    let starts: [(&[u8], Format); 11] = [
         (b"conectix", Format::Vpc),
         (b"vhdxfile", Format::Vhdx),
         (b"QED\0", Format::Qed),
@@ -53,6 +53,10 @@ fn by_head(head: &[u8]) -> Option<Format> {
         (b"WithouFreSpacExt", Format::Parallels),
         (b"LUKS\xba\xbe", Format::Luks),
         (b"SKUL\xba\xbe", Format::Luks),
+        (b"\x1f\x8b\x08", Format::Gzip),
+        (b"\xfd7zXZ\0", Format::Xz),
+        (b"\x28\xb5\x2f\xfd", Format::Zstd),
+        (b"BZh", Format::Bzip2),
     ];
     if head.starts_with(&tranship_qcow2::MAGIC) {
         let version = BigEndian(head, "qcow header").u32("version", 4).unwrap_or(2);
@@ -64,7 +68,24 @@ fn by_head(head: &[u8]) -> Option<Format> {
     if LittleEndian(head, "VDI header").u32("signature", 0x40).is_ok_and(|raw| raw == 0xbeda_107f) {
         return Some(Format::Vdi);
     }
+    if has_parallels_element(head) {
+        return Some(Format::Parallels);
+    }
     tranship_vmdk::probe(head).then_some(Format::Vmdk)
+}
+
+/// Whether the file is the `DiskDescriptor.xml` of a disk of Parallels.
+pub(crate) fn is_parallels_descriptor(device: &dyn BlockDevice) -> Result<bool> {
+    let len = usize::try_from(device.size().min(HEAD)).unwrap_or(0);
+    let mut head = vec![0; len];
+    device.read_at(&mut head, 0)?;
+    Ok(has_parallels_element(&head))
+}
+
+fn has_parallels_element(head: &[u8]) -> bool {
+    const ELEMENT: &[u8] = b"<Parallels_disk_image";
+    head.trim_ascii_start().starts_with(b"<")
+        && head.windows(ELEMENT.len()).any(|window| window == ELEMENT)
 }
 
 #[cfg(test)]

@@ -122,13 +122,13 @@ fn the_format_of_a_backing_file_is_not_guessed() {
 fn formats_that_cannot_be_opened_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk");
-    std::fs::write(&path, b"vhdxfile").unwrap();
+    std::fs::write(&path, b"QFI\xfb\0\0\0\x01").unwrap();
     let error = open(&path, &read_only()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_eq!(error.message(), "disks of format vhdx cannot be opened");
+    assert_eq!(error.message(), "disks of format qcow cannot be opened");
     let raw = OpenOptions { format: Some(Format::Raw), ..read_only() };
     let opened = open(&path, &raw).unwrap();
-    assert_eq!(byte(&*opened.device, 0), b'v');
+    assert_eq!(byte(&*opened.device, 0), b'Q');
     assert!(opened.warnings.is_empty(), "the format was given");
 }
 

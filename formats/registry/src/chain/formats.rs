@@ -9,6 +9,7 @@ use crate::spec::VpcSize;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, ErrorKind, Request, Result, SectorCipher, Storage};
 use tranship_qcow2::{Encryption, Qcow2};
+use tranship_vhdx::Vhdx;
 use tranship_vmdk::{NO_PARENT, Vmdk};
 use tranship_vpc::{ParentRequest, SizeSource, Vpc};
 
@@ -19,6 +20,10 @@ impl Walk<'_> {
             Format::Qcow2 => self.qcow2(image, place),
             Format::Vmdk => self.vmdk(image, place),
             Format::Vpc => self.vpc(image, place),
+            Format::Vhdx => self.vhdx(image, place),
+            Format::Luks => self.luks(image),
+            Format::Parallels => self.parallels(image, place),
+            Format::Gzip | Format::Xz | Format::Zstd | Format::Bzip2 => self.packed(image),
             other => Err(Error::unsupported(format!("disks of format {other} cannot be opened"))),
         }
     }
@@ -186,6 +191,71 @@ impl Walk<'_> {
         self.warn(image.name, disk.warnings());
         Ok(Disk::Vpc(Arc::new(disk)))
     }
+
+    fn vhdx(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        let locator = tranship_vhdx::read_parent(&image.file)?;
+        let wanted = locator.as_ref().map(|locator| Wanted {
+            names: locator.names.iter().flat_map(|name| with_file_name(name.path())).collect(),
+            role: "parent disk",
+            format: Some(Format::Vhdx),
+            anywhere: true,
+        });
+        let parent = match (self.base(&image, place, wanted.as_ref())?, &locator) {
+            (Some(base), Some(locator)) => {
+                let data_write_guid = match (&base, locator.linkage.first()) {
+                    (Base::Disk(Disk::Vhdx(disk)), _) => disk.data_write_guid(),
+                    (_, Some(linkage)) => *linkage,
+                    (_, None) => return Err(Error::corrupt("parent locator has no linkage")),
+                };
+                Some(tranship_vhdx::Parent { device: base.device(), data_write_guid })
+            }
+            _ => None,
+        };
+        let options = tranship_vhdx::OpenOptions {
+            read_only: image.storage.is_none(),
+            salvage: self.options.salvage,
+            parent,
+        };
+        let disk = match image.storage {
+            Some(storage) => Vhdx::open(storage, options)?,
+            None => Vhdx::open_read_only(image.file, options)?,
+        };
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Vhdx(Arc::new(disk)))
+    }
+
+    fn luks(&mut self, image: Image<'_>) -> Result<Disk> {
+        let passphrase = self.passphrase(&image)?.ok_or_else(|| {
+            Error::usage("the disk is encrypted with LUKS, and there is no passphrase for it")
+        })?;
+        let limits = tranship_luks::Limits::default();
+        let disk = tranship_luks::Luks::unlock(image.file, passphrase, &limits)?;
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Other(Arc::new(disk)))
+    }
+
+    fn parallels(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        if crate::probe::is_parallels_descriptor(&image.file)? {
+            let text = text_of(&*image.file)?;
+            let options = tranship_parallels::BundleOptions {
+                salvage: self.options.salvage,
+                ..Default::default()
+            };
+            let disk = tranship_parallels::Bundle::open(&text, place.gate(), &options)?;
+            self.warn(image.name, disk.warnings());
+            return Ok(Disk::Other(Arc::new(disk)));
+        }
+        let options =
+            tranship_parallels::OpenOptions { salvage: self.options.salvage, ..Default::default() };
+        let disk = tranship_parallels::Image::open_read_only(image.file, options)?;
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Other(Arc::new(disk)))
+    }
+
+    fn packed(&mut self, image: Image<'_>) -> Result<Disk> {
+        let disk = tranship_packed::Packed::open(image.file, Default::default())?;
+        Ok(Disk::Other(Arc::new(disk)))
+    }
 }
 
 /// A name, and after it the name of the file alone: paths of other systems lead nowhere,
@@ -193,4 +263,14 @@ impl Walk<'_> {
 fn with_file_name(name: String) -> Vec<String> {
     let file = name.rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
     if file == name || file.is_empty() { vec![name] } else { vec![name, file] }
+}
+
+/// The whole of a small text file.
+fn text_of(file: &dyn BlockDevice) -> Result<String> {
+    const MOST: u64 = 4 << 20;
+    let len = usize::try_from(file.size().min(MOST)).unwrap_or(0);
+    let mut bytes = vec![0; len];
+    file.read_at(&mut bytes, 0)?;
+    String::from_utf8(bytes)
+        .map_err(|error| Error::corrupt("descriptor is not UTF-8").because(error))
 }
