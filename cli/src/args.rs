@@ -4,6 +4,7 @@
 mod absent;
 mod appliance;
 mod convert;
+pub(crate) mod image;
 mod network;
 mod shell;
 mod values;
@@ -13,6 +14,7 @@ mod words;
 pub(crate) use appliance::{ApplianceArgs, ApplianceCommand, BenchArgs, BuildArgs, ProbeArgs};
 pub(crate) use appliance::{ExportArgs, ImportArgs, ShellArgs as ApplianceShellArgs};
 pub(crate) use convert::ConvertArgs;
+pub(crate) use image::ImageArgs;
 pub(crate) use shell::{MountArgument, ShellArgs};
 pub(crate) use verify_boot::VerifyBootArgs;
 
@@ -44,6 +46,8 @@ pub(crate) enum Command {
     Shell(ShellArgs),
     /// Look after the small virtual machine that opens the guests' disks
     Appliance(ApplianceArgs),
+    /// Look at, make, check and copy disk images, with qemu-img's commands
+    Image(ImageArgs),
     /// Print a script that completes command lines
     Completions {
         /// The shell that it is for
@@ -102,7 +106,9 @@ pub(crate) enum Parsed {
 
 /// The whole definition, for the generators.
 pub(crate) fn definition() -> clap::Command {
-    Cli::command().mut_subcommand("convert", words::describe)
+    Cli::command()
+        .mut_subcommand("convert", words::describe)
+        .mut_subcommand("image", image::describe)
 }
 
 /// Parses the words of the command line, the program's name first.
@@ -117,6 +123,7 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
             (definition, rest)
         }
         Personality::Guestfish => (link(ShellArgs::augment_args(named("guestfish"))), rest),
+        Personality::QemuImg => return image::parse(rest),
         Personality::Tranship | Personality::NotYet(_) => {
             let definition = definition();
             match rest.split_first() {
@@ -128,26 +135,43 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
                     all.extend(words::translate(options.to_vec(), convert)?);
                     (definition, all)
                 }
+                Some((first, options)) if first == "image" => {
+                    let mut all = vec![first.clone()];
+                    all.extend(image::translate(options.to_vec()));
+                    (definition, all)
+                }
                 _ => (definition, rest),
             }
         }
     };
     let name = program.unwrap_or_else(|| "tranship".into());
+    // Its commands have qemu-img's exit codes, also for mistakes in their options.
+    let is_image = rest.first().is_some_and(|first| first == "image");
+    let wrong = |error: clap::Error| {
+        let outcome = text_or_failure(&error);
+        if is_image { outcome.map_err(|failure| failure.exiting_with(1)) } else { outcome }
+    };
     let matches = match definition.try_get_matches_from(std::iter::once(name).chain(rest)) {
         Ok(matches) => matches,
-        Err(error) => return text_or_failure(&error),
+        Err(error) => return wrong(error),
     };
     let command = match personality {
         Personality::VirtV2v => {
             ConvertArgs::from_arg_matches(&matches).map(|args| Command::Convert(Box::new(args)))
         }
         Personality::Guestfish => ShellArgs::with_drives(&matches).map(Command::Shell),
-        Personality::Tranship | Personality::NotYet(_) => match matches.subcommand() {
+        Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => match matches.subcommand() {
             Some(("shell", options)) => ShellArgs::with_drives(options).map(Command::Shell),
+            Some(("image", options)) => image::from_matches(options).map(Command::Image),
             _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
         },
     };
-    command.map(Parsed::Command).or_else(|error| text_or_failure(&error))
+    command.map(Parsed::Command).or_else(wrong)
+}
+
+/// The formats that images can have, as the help lists them.
+fn format_names() -> String {
+    crate::image::format_names().join(" ")
 }
 
 fn named(name: &'static str) -> clap::Command {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What ended the program, as people and callers see it.
 
+use crate::personality::Personality;
 use crate::{signals, stdout};
 use std::error::Error as StdError;
 use std::fmt::Write;
@@ -16,6 +17,10 @@ pub(crate) struct Failure {
     hints: Vec<String>,
     blockers: Vec<(String, String, String)>,
     shown: bool,
+    /// The exit code, if the kind does not decide it.
+    code: Option<u8>,
+    /// The command that is named with the program.
+    command: Option<String>,
 }
 
 impl Failure {
@@ -28,6 +33,8 @@ impl Failure {
             hints: Vec::new(),
             blockers: Vec::new(),
             shown: false,
+            code: None,
+            command: None,
         }
     }
 
@@ -63,6 +70,20 @@ impl Failure {
         self
     }
 
+    /// The same with this exit code, unless it has one of its own.
+    #[must_use]
+    pub(crate) fn exiting_with(mut self, code: u8) -> Self {
+        self.code.get_or_insert(code);
+        self
+    }
+
+    /// The same, reported by one of the program's commands.
+    #[must_use]
+    pub(crate) fn of_command(mut self, command: impl Into<String>) -> Self {
+        self.command = Some(command.into());
+        self
+    }
+
     /// The same, but somebody has printed it already.
     #[must_use]
     pub(crate) fn already_shown(mut self) -> Self {
@@ -83,7 +104,7 @@ impl Failure {
     /// The exit code. Whatever fails after a signal fails because of it, though it may look
     /// like something else from inside.
     pub(crate) fn exit_code(&self) -> u8 {
-        signals::exit_code().unwrap_or_else(|| self.kind.exit_code())
+        signals::exit_code().or(self.code).unwrap_or_else(|| self.kind.exit_code())
     }
 
     /// All of it, one fact a line, after `program`'s name.
@@ -103,10 +124,28 @@ impl Failure {
         text
     }
 
+    /// All of it as the program does it that the caller thinks this is.
+    pub(crate) fn render_for(&self, personality: Personality) -> String {
+        let program = personality.program();
+        if personality != Personality::QemuImg {
+            return self.render(program);
+        }
+        let command = self.command.iter().map(|name| format!(" {name}")).collect::<String>();
+        let mut text = format!("{program}{command}: {}", self.message);
+        for cause in &self.causes {
+            let _ = write!(text, ": {cause}");
+        }
+        for hint in &self.hints {
+            let _ = write!(text, "\n{hint}");
+        }
+        text.push('\n');
+        text
+    }
+
     /// Prints it on standard error.
-    pub(crate) fn print(&self, program: &str) {
+    pub(crate) fn print(&self, personality: Personality) {
         if !self.shown {
-            stdout::complain(self.render(program).trim_end());
+            stdout::complain(self.render_for(personality).trim_end());
         }
     }
 

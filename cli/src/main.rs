@@ -12,6 +12,7 @@ mod disk;
 mod engine;
 mod failure;
 mod generate;
+mod image;
 mod logging;
 mod personality;
 mod places;
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     match run(personality, words) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            failure.print(personality.program());
+            failure.print(personality);
             ExitCode::from(match (personality, failure.exit_code()) {
                 (_, code @ (130 | 143)) => code,
                 // guestfish knows no other.
@@ -66,6 +67,7 @@ fn run(personality: Personality, words: Vec<OsString>) -> Result<u8, Failure> {
         Command::VerifyBoot(options) => verify_boot::run(&options),
         Command::Shell(options) => shell::run(personality, &options),
         Command::Appliance(options) => appliance::run(&options),
+        Command::Image(options) => image::run(personality, &options),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { folder } => generate::man(folder.as_deref()),
     }

@@ -12,7 +12,6 @@ const NOT_YET: &[&str] = &[
     "nbdcopy",
     "nbdinfo",
     "nbdkit",
-    "qemu-img",
     "qemu-nbd",
     "virt-cat",
     "virt-customize",
@@ -37,6 +36,8 @@ pub(crate) enum Personality {
     VirtV2v,
     /// `guestfish`: the options of `tranship shell`.
     Guestfish,
+    /// `qemu-img`: the commands of `tranship image`, with its messages and exit codes.
+    QemuImg,
     /// One of the programs that are not there yet.
     NotYet(&'static str),
 }
@@ -48,6 +49,7 @@ impl Personality {
         match name.to_str() {
             Some("virt-v2v") => Self::VirtV2v,
             Some("guestfish") => Self::Guestfish,
+            Some("qemu-img") => Self::QemuImg,
             Some(name) => NOT_YET
                 .iter()
                 .find(|known| **known == name)
@@ -61,6 +63,7 @@ impl Personality {
         match self {
             Self::VirtV2v => "virt-v2v",
             Self::Guestfish => "guestfish",
+            Self::QemuImg => "qemu-img",
             Self::Tranship | Self::NotYet(_) => "tranship",
         }
     }
@@ -72,7 +75,7 @@ pub(crate) fn not_yet(name: &str) -> Failure {
         ErrorKind::Usage,
         format!("tranship cannot be called as {name}: it is not there yet"),
     )
-    .hint("links named virt-v2v and guestfish work; everything else is `tranship --help`")
+    .hint("links named virt-v2v, guestfish and qemu-img work; everything else is `tranship --help`")
 }
 
 #[cfg(test)]
@@ -84,7 +87,8 @@ mod tests {
         for (word, expected) in [
             ("/usr/bin/virt-v2v", Personality::VirtV2v),
             ("guestfish", Personality::Guestfish),
-            ("./qemu-img", Personality::NotYet("qemu-img")),
+            ("./qemu-img", Personality::QemuImg),
+            ("qemu-nbd", Personality::NotYet("qemu-nbd")),
             ("/opt/tranship", Personality::Tranship),
             ("renamed", Personality::Tranship),
         ] {
