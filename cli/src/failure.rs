@@ -70,6 +70,13 @@ impl Failure {
         self
     }
 
+    /// The same as the cause of something that says `message`.
+    #[must_use]
+    pub(crate) fn within(mut self, message: impl Into<String>) -> Self {
+        self.causes.insert(0, std::mem::replace(&mut self.message, message.into()));
+        self
+    }
+
     /// The same with this exit code, unless it has one of its own.
     #[must_use]
     pub(crate) fn exiting_with(mut self, code: u8) -> Self {
@@ -133,6 +140,8 @@ impl Failure {
         let command = self.command.iter().map(|name| format!(" {name}")).collect::<String>();
         let mut text = format!("{program}{command}: {}", self.message);
         for cause in &self.causes {
+            // The number means nothing to those who read the words.
+            let cause = cause.split(" (os error ").next().unwrap_or(cause);
             let _ = write!(text, ": {cause}");
         }
         for hint in &self.hints {

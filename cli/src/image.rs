@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `image`: what qemu-img does, with its texts, JSON and exit codes.
+//!
+//! A module is a command; what several of them need has modules of its own: [`sizes`],
+//! lists of [`options`], [`secrets`], opening a [`source`], [`json`], and the [`console`].
+
+mod amend;
+mod bitmap;
+mod check;
+mod compare;
+mod console;
+mod create;
+mod info;
+mod json;
+mod map;
+mod measure;
+mod options;
+mod resize;
+mod secrets;
+mod sizes;
+mod snapshot;
+mod source;
+
+use crate::args::ImageArgs;
+use crate::args::image::ImageCommand;
+use crate::failure::Failure;
+use crate::personality::Personality;
+use console::Console;
+use tranship_formats::Format;
+
+/// Does what the options ask for. Without another one, the exit code of a failure is 1.
+pub(crate) fn run(personality: Personality, args: &ImageArgs) -> Result<u8, Failure> {
+    let console = Console::new(personality);
+    let outcome = match &args.command {
+        ImageCommand::Amend(args) => amend::run(args, console),
+        ImageCommand::Bitmap(args) => bitmap::run(args, console),
+        ImageCommand::Check(args) => check::run(args, console),
+        ImageCommand::Compare(args) => compare::run(args, console),
+        ImageCommand::Create(args) => create::run(args, console),
+        ImageCommand::Info(args) => info::run(args, console),
+        ImageCommand::Map(args) => map::run(args, console),
+        ImageCommand::Measure(args) => measure::run(args, console),
+        ImageCommand::Resize(args) => resize::run(args, console),
+        ImageCommand::Snapshot(args) => snapshot::run(args, console),
+        ImageCommand::Bench(_)
+        | ImageCommand::Commit(_)
+        | ImageCommand::Compact(_)
+        | ImageCommand::Convert(_)
+        | ImageCommand::Dd(_)
+        | ImageCommand::Rebase(_)
+        | ImageCommand::Verify(_) => Err(Failure::usage("this command is not there yet")),
+    };
+    outcome.map_err(|failure| failure.exiting_with(1))
+}
+
+/// Names of the formats that can be opened, sorted.
+pub(crate) fn format_names() -> Vec<&'static str> {
+    let mut names: Vec<&str> = [
+        Format::Raw,
+        Format::Qcow2,
+        Format::Vmdk,
+        Format::Vpc,
+        Format::Vhdx,
+        Format::Vdi,
+        Format::Qed,
+        Format::Parallels,
+        Format::Dmg,
+        Format::Luks,
+    ]
+    .into_iter()
+    .filter(|format| format.is_supported())
+    .map(Format::name)
+    .collect();
+    names.sort_unstable();
+    names
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `image check`: contradictions in an image's metadata, and mending them.
+
+use super::console::Console;
+use super::json::{Json, Object};
+use super::source::{self, Opening, Output};
+use crate::args::image::CheckArgs;
+use crate::failure::Failure;
+use crate::stdout;
+use std::ffi::OsStr;
+use std::fmt::Write;
+use tranship_block::{CheckReport, Repair};
+use tranship_formats::{Format, Layer, Spec};
+
+/// Exit code for formats in which there is nothing to check.
+const NO_CHECKS: u8 = 63;
+
+/// Looks for contradictions.
+pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
+    let output = source::output(args.output.output.as_deref(), "check", console)?;
+    let repair = match args.repair.as_deref() {
+        None => Repair::Nothing,
+        Some("leaks") => Repair::Leaks,
+        Some("all") => Repair::All,
+        Some(other) => {
+            let message = format!("--repair (-r) expects 'leaks' or 'all' not '{other}'");
+            return Err(source::usage(console, "check", message));
+        }
+    };
+    let name = source::one(&args.names, "check", console)?;
+    source::cache(args.cache.as_deref(), "source ")?;
+    let job = Job { args, name, repair, console };
+    let (spec, format) = job.format()?;
+    let mut report = job.check(&spec, format, repair)?;
+    let fixed = (report.corruptions_fixed, report.leaks_fixed);
+    if fixed != (0, 0) {
+        if output == Output::Human && !args.quiet {
+            stdout::print(&format!(
+                "The following inconsistencies were found and repaired:\n\n    \
+                 {} leaked clusters\n    {} corruptions\n\n\
+                 Double checking the fixed image now...\n",
+                fixed.1, fixed.0
+            ))?;
+        }
+        report = job.check(&spec, format, Repair::Nothing)?;
+        (report.corruptions_fixed, report.leaks_fixed) = fixed;
+    }
+    if !args.quiet {
+        let text = match output {
+            Output::Human => human(&report, format),
+            Output::Json => json(&report, &name.to_string_lossy(), format).pretty(),
+        };
+        stdout::print(&text)?;
+    }
+    Ok(match &report {
+        report if report.check_errors > 0 => 1,
+        report if report.corruptions > 0 => 2,
+        report if report.leaks > 0 => 3,
+        _ => 0,
+    })
+}
+
+struct Job<'a> {
+    args: &'a CheckArgs,
+    name: &'a OsStr,
+    repair: Repair,
+    console: Console,
+}
+
+impl Job<'_> {
+    fn opening(&self) -> Opening<'_> {
+        Opening {
+            alone: true,
+            force_share: self.args.force_share,
+            ..Opening::reading(&self.args.naming, self.args.format.format.as_deref())
+        }
+    }
+
+    /// What is to be checked. The disk is closed again: whoever mends an image must be the
+    /// only one who knows what is in it.
+    fn format(&self) -> Result<(Spec, Format), Failure> {
+        let source = self.opening().open(self.name, self.console)?;
+        let is_guess = self.args.format.format.is_none() && source.spec.format.is_none();
+        if is_guess && source.opened.format == Format::Raw && self.repair != Repair::Nothing {
+            self.console.warn_of_guessed_raw(&source.name);
+        }
+        Ok((source.spec, source.opened.format))
+    }
+
+    /// Checks the image's bytes, whatever the disk in them is like.
+    fn check(&self, spec: &Spec, format: Format, repair: Repair) -> Result<CheckReport, Failure> {
+        if format == Format::Raw {
+            return Err(Failure::usage("This image format does not support checks")
+                .exiting_with(NO_CHECKS));
+        }
+        let opening = Opening { writable: repair != Repair::Nothing, ..self.opening() };
+        let spec = Spec { format: Some(Format::Raw), ..spec.clone() };
+        let source = opening.open_as(self.name, spec, self.console)?;
+        let layer = source.opened.layers.first();
+        let report = layer
+            .map_or(Ok(None), |layer| examine(layer, format, repair))
+            .map_err(|failure| failure.within("Check failed"))?;
+        let Some(report) = report else {
+            return Err(Failure::usage("This image format does not support checks")
+                .exiting_with(NO_CHECKS));
+        };
+        report.details.iter().for_each(|detail| stdout::complain(detail));
+        Ok(report)
+    }
+}
+
+/// Checks the file of `layer` as `format`; `None` if the format has no checks.
+fn examine(layer: &Layer, format: Format, repair: Repair) -> Result<Option<CheckReport>, Failure> {
+    if format != Format::Qcow2 {
+        return Ok(None);
+    }
+    let mut leaks_fixed = 0;
+    if let (true, Some(storage)) = (repair != Repair::Nothing, &layer.storage) {
+        leaks_fixed = tranship_qcow2::repair_leaks(storage)?;
+    }
+    let report = tranship_qcow2::check(&layer.file)?;
+    Ok(Some(CheckReport {
+        corruptions: report.corruptions,
+        leaks: report.leaks,
+        leaks_fixed,
+        details: report.details,
+        total_clusters: report.total_clusters,
+        allocated_clusters: report.allocated_clusters,
+        compressed_clusters: report.compressed_clusters,
+        image_end_offset: report.image_end_offset,
+        ..CheckReport::default()
+    }))
+}
+
+/// Whether qemu-img counts the clusters of this format.
+fn counts_clusters(format: Format) -> bool {
+    matches!(format, Format::Qcow2 | Format::Parallels)
+}
+
+fn human(report: &CheckReport, format: Format) -> String {
+    let mut text = String::new();
+    if report.is_clean() {
+        text.push_str("No errors were found on the image.\n");
+    }
+    if report.corruptions > 0 {
+        let _ = writeln!(
+            text,
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to \
+             the image may corrupt it.",
+            report.corruptions
+        );
+    }
+    if report.leaks > 0 {
+        let _ = writeln!(
+            text,
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but \
+             no harm to data.",
+            report.leaks
+        );
+    }
+    if report.check_errors > 0 {
+        let _ =
+            writeln!(text, "\n{} internal errors have occurred during the check.", report.check_errors);
+    }
+    if !counts_clusters(format) {
+        return text;
+    }
+    let (allocated, total) = (report.allocated_clusters, report.total_clusters);
+    if total != 0 && allocated != 0 {
+        let _ = writeln!(
+            text,
+            "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
+            percent(allocated, total),
+            percent(report.fragmented_clusters, allocated),
+            percent(report.compressed_clusters, allocated)
+        );
+    }
+    if report.image_end_offset > 0 {
+        let _ = writeln!(text, "Image end offset: {}", report.image_end_offset);
+    }
+    text
+}
+
+#[allow(clippy::cast_precision_loss, reason = "two decimals are shown")]
+fn percent(part: u64, whole: u64) -> f64 {
+    part as f64 * 100.0 / whole as f64
+}
+
+fn json(report: &CheckReport, name: &str, format: Format) -> Json {
+    let mut object = Object::default();
+    object
+        .set("filename", name)
+        .set("format", format.name())
+        .set("check-errors", report.check_errors);
+    let counts = counts_clusters(format);
+    for (key, count) in [
+        ("corruptions", report.corruptions),
+        ("leaks", report.leaks),
+        ("corruptions-fixed", report.corruptions_fixed),
+        ("leaks-fixed", report.leaks_fixed),
+        ("image-end-offset", if counts { report.image_end_offset } else { 0 }),
+        ("total-clusters", if counts { report.total_clusters } else { 0 }),
+        ("allocated-clusters", if counts { report.allocated_clusters } else { 0 }),
+        ("fragmented-clusters", if counts { report.fragmented_clusters } else { 0 }),
+        ("compressed-clusters", if counts { report.compressed_clusters } else { 0 }),
+    ] {
+        object.set_some(key, (count != 0).then_some(count));
+    }
+    object.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> CheckReport {
+        CheckReport {
+            corruptions: 1,
+            leaks: 2,
+            total_clusters: 160,
+            allocated_clusters: 16,
+            fragmented_clusters: 3,
+            image_end_offset: 2_686_976,
+            ..CheckReport::default()
+        }
+    }
+
+    #[test]
+    fn all_that_is_wrong_is_told() {
+        assert_eq!(
+            human(&report(), Format::Qcow2),
+            "\n1 errors were found on the image.\n\
+             Data may be corrupted, or further writes to the image may corrupt it.\n\
+             \n2 leaked clusters were found on the image.\n\
+             This means waste of disk space, but no harm to data.\n\
+             16/160 = 10.00% allocated, 18.75% fragmented, 0.00% compressed clusters\n\
+             Image end offset: 2686976\n"
+        );
+        let clean = CheckReport { corruptions: 0, leaks: 0, ..report() };
+        assert_eq!(human(&clean, Format::Vmdk), "No errors were found on the image.\n");
+    }
+
+    #[test]
+    fn programs_get_what_is_not_zero() {
+        assert_eq!(
+            json(&report(), "a.q", Format::Qcow2).line(),
+            r#"{"image-end-offset": 2686976, "total-clusters": 160, "corruptions": 1, "check-errors": 0, "leaks": 2, "allocated-clusters": 16, "filename": "a.q", "format": "qcow2", "fragmented-clusters": 3}"#
+        );
+    }
+}

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `image compare`: whether the guests of two images see the same disk.
+
+mod search;
+
+use super::console::{Console, Progress};
+use super::source::{self, Opening};
+use crate::args::image::CompareArgs;
+use crate::failure::Failure;
+use crate::stdout;
+use search::Side;
+
+/// Exit codes of what went wrong, which are all different from 1: "not equal".
+const CANNOT_OPEN: u8 = 2;
+
+/// Compares two images.
+pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
+    let [first, second] = args.names.as_slice() else {
+        return Err(source::usage(console, "compare", "Expecting two image file names"));
+    };
+    let cannot = |failure: Failure| failure.exiting_with(CANNOT_OPEN);
+    source::cache(args.cache.as_deref(), "source ").map_err(cannot)?;
+    let progress = Progress::start(args.progress);
+    let open = |name, format: &Option<String>| {
+        let opening = Opening {
+            force_share: args.reading.force_share,
+            salvage: args.reading.salvage,
+            ..Opening::reading(&args.naming, format.as_deref())
+        };
+        opening.open(name, console).map_err(cannot)
+    };
+    let (first, second) = (open(first, &args.a_format)?, open(second, &args.b_format)?);
+    let sides = [
+        Side { device: &*first.opened.device, name: &first.name },
+        Side { device: &*second.opened.device, name: &second.name },
+    ];
+    let say = |text: &str| if args.quiet { Ok(()) } else { stdout::print(text) };
+    if sides[0].size() != sides[1].size() {
+        if args.strict {
+            say("Strict mode: Image size mismatch!\n")?;
+            progress.end();
+            return Ok(1);
+        }
+        say("Warning: Image size mismatch!\n")?;
+    }
+    let code = match search::first_difference(sides, &progress)? {
+        Some(offset) => {
+            say(&format!("Content mismatch at offset {offset}!\n"))?;
+            progress.end();
+            1
+        }
+        None => {
+            progress.set(1, 1);
+            say("Images are identical.\n")?;
+            progress.end();
+            0
+        }
+    };
+    Ok(code)
+}

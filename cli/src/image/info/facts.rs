@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! What `info` tells about an image, gathered from its format.
+
+use super::name::by_kind;
+use crate::failure::Failure;
+use crate::image::json::{Json, Object};
+use crate::image::snapshot::Snapshot;
+use crate::image::source::beside;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use tranship_block::BlockDevice;
+use tranship_formats::{Disk, Format, Layer};
+use tranship_qcow2::{Compression, Qcow2};
+use tranship_vmdk::{ExtentType, Vmdk};
+
+/// The smallest step of a disk's size.
+const SECTOR: u64 = 512;
+
+/// An image.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) name: String,
+    pub(super) format: &'static str,
+    pub(super) virtual_size: u64,
+    /// Bytes that it takes on the host's disk, with all its files.
+    pub(super) actual_size: Option<u64>,
+    pub(super) cluster_size: Option<u64>,
+    pub(super) is_encrypted: bool,
+    /// Whether its last writer did not finish, for formats that can tell.
+    pub(super) is_dirty: Option<bool>,
+    pub(super) backing: Option<BackingFacts>,
+    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) specific: Option<Object>,
+    pub(super) children: Vec<Child>,
+}
+
+/// What an image is based on.
+#[derive(Debug)]
+pub(super) struct BackingFacts {
+    pub(super) name: String,
+    pub(super) full_name: String,
+    pub(super) format: Option<String>,
+}
+
+/// A file that an image consists of.
+#[derive(Debug)]
+pub(super) struct Child {
+    /// What the image needs it for.
+    pub(super) role: String,
+    pub(super) name: String,
+    pub(super) protocol: &'static str,
+    /// Bytes, in whole sectors.
+    pub(super) length: u64,
+    pub(super) actual_size: Option<u64>,
+}
+
+impl Facts {
+    /// The facts about `layer`, which is shown as `name`.
+    pub(super) fn of(layer: &Layer, name: String) -> Result<Self, Failure> {
+        let file = Child::file("file", &layer.path, layer.file.size());
+        let mut facts = Self {
+            name,
+            format: layer.format.name(),
+            virtual_size: layer.disk.device().size().next_multiple_of(SECTOR),
+            actual_size: None,
+            cluster_size: None,
+            is_encrypted: layer.format == Format::Luks,
+            is_dirty: Some(false),
+            backing: None,
+            snapshots: Vec::new(),
+            specific: None,
+            children: vec![file],
+        };
+        match &layer.disk {
+            Disk::Qcow2(disk) => facts.add_qcow2(disk, layer)?,
+            Disk::Vmdk(disk) => facts.add_vmdk(disk, layer),
+            _ => {}
+        }
+        let sizes = facts.children.iter().map(|child| child.actual_size);
+        facts.actual_size = sizes.into_iter().sum();
+        Ok(facts)
+    }
+
+    fn add_qcow2(&mut self, disk: &Qcow2, layer: &Layer) -> Result<(), Failure> {
+        let header = disk.header();
+        self.cluster_size = Some(1 << header.cluster_bits);
+        self.is_encrypted = header.crypt_method != 0;
+        self.is_dirty = Some(header.is_dirty());
+        self.backing = header.backing.as_ref().map(|backing| BackingFacts {
+            name: backing.name.clone(),
+            full_name: beside(&layer.path, &backing.name).display().to_string(),
+            format: backing.format.clone(),
+        });
+        let mut data = Object::default();
+        let is_v3 = header.version >= 3;
+        data.set("compat", if is_v3 { "1.1" } else { "0.10" })
+            .set("compression-type", match header.compression {
+                Compression::Zstd => "zstd",
+                _ => "zlib",
+            })
+            .set("refcount-bits", 1_u32 << header.refcount_order);
+        if is_v3 {
+            data.set("lazy-refcounts", header.compatible_features & 1 != 0)
+                .set("corrupt", header.is_marked_corrupt())
+                .set("extended-l2", header.incompatible_features & 16 != 0);
+        }
+        self.specific = Some(data);
+        Ok(())
+    }
+
+    fn add_vmdk(&mut self, disk: &Vmdk, layer: &Layer) {
+        let extents = disk.extents();
+        self.cluster_size = extents.iter().find_map(|extent| extent.grain);
+        let listed = extents.iter().map(|extent| {
+            let file = extent.name.as_deref().map(|name| beside(&layer.path, name));
+            let file = file.as_deref().unwrap_or(&layer.path).display().to_string();
+            let kind = if extent.name.is_some() { extent_type(extent.kind) } else { "" };
+            let mut object = Object::default();
+            object
+                .set("virtual-size", extent.len)
+                .set("filename", file)
+                .set_some("cluster-size", extent.grain)
+                .set("format", kind);
+            if extent.compressed {
+                object.set("compressed", true);
+            }
+            Json::from(object)
+        });
+        let mut data = Object::default();
+        data.set("cid", disk.cid().unwrap_or(0))
+            .set("parent-cid", disk.parent_cid().unwrap_or(u32::MAX))
+            .set("create-type", disk.create_type())
+            .set("extents", listed.collect::<Vec<_>>());
+        self.specific = Some(data);
+        for (at, extent) in extents.iter().enumerate() {
+            if let Some(name) = &extent.name {
+                let path = beside(&layer.path, name);
+                let length = std::fs::metadata(&path).map_or(0, |facts| facts.len());
+                self.children.insert(0, Child::file(&format!("extents.{at}"), &path, length));
+            }
+        }
+    }
+}
+
+impl Child {
+    fn file(role: &str, path: &Path, length: u64) -> Self {
+        Self {
+            role: role.to_owned(),
+            name: path.display().to_string(),
+            protocol: by_kind(path),
+            length: length.next_multiple_of(SECTOR),
+            actual_size: std::fs::metadata(path).ok().map(|facts| facts.blocks() * 512),
+        }
+    }
+}
+
+fn extent_type(kind: ExtentType) -> &'static str {
+    match kind {
+        ExtentType::Flat => "FLAT",
+        ExtentType::Sparse => "SPARSE",
+        ExtentType::Zero => "ZERO",
+        ExtentType::Vmfs => "VMFS",
+        ExtentType::VmfsSparse => "VMFSSPARSE",
+        _ => "SESPARSE",
+    }
+}

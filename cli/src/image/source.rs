@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opens the images that the command line names.
+
+use super::console::Console;
+use super::secrets;
+use crate::args::image::Naming;
+use crate::failure::Failure;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use tranship_formats::{Format, OpenOptions, Opened, Spec, Trust};
+
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Opening<'a> {
+    /// What all images of the command have in common.
+    pub(crate) naming: &'a Naming,
+    /// The name of its format, if it was given.
+    pub(crate) format: Option<&'a str>,
+    /// It is to be changed.
+    pub(crate) writable: bool,
+    /// Open it alone, without what it is based on.
+    pub(crate) alone: bool,
+    /// Open it although others may write to it.
+    pub(crate) force_share: bool,
+    /// Give zeroes for what is damaged.
+    pub(crate) salvage: bool,
+}
+
+/// An open image as its user named it.
+#[derive(Debug)]
+pub(crate) struct Source {
+    /// The name as it was given, for messages.
+    pub(crate) name: String,
+    /// What the name means.
+    pub(crate) spec: Spec,
+    /// The disk and its layers.
+    pub(crate) opened: Opened,
+}
+
+impl<'a> Opening<'a> {
+    /// To be read, with all that the image is based on.
+    pub(crate) fn reading(naming: &'a Naming, format: Option<&'a str>) -> Self {
+        Self { naming, format, writable: false, alone: false, force_share: false, salvage: false }
+    }
+
+    /// To be changed.
+    pub(crate) fn writing(naming: &'a Naming, format: Option<&'a str>) -> Self {
+        Self { writable: true, ..Self::reading(naming, format) }
+    }
+
+    /// Opens the image called `name`.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with the name, the image, or what it is based on.
+    pub(crate) fn open(&self, name: &OsStr, console: Console) -> Result<Source, Failure> {
+        if self.naming.image_opts && self.format.is_some() {
+            return Err(Failure::usage("--image-opts and --format are mutually exclusive"));
+        }
+        let shown = name.to_string_lossy().into_owned();
+        let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
+        let format = self.format.map(format_named).transpose().map_err(failed)?;
+        let spec = self.spec(name).map_err(failed)?;
+        self.open_spec(shown, spec, format, console)
+    }
+
+    /// The same for an image whose name has been understood already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn open_as(&self, name: &OsStr, spec: Spec, console: Console) -> Result<Source, Failure> {
+        self.open_spec(name.to_string_lossy().into_owned(), spec, None, console)
+    }
+
+    fn open_spec(&self, shown: String, spec: Spec, format: Option<Format>, console: Console) -> Result<Source, Failure> {
+        let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
+        let options = OpenOptions {
+            format,
+            read_only: !self.writable,
+            trust: Trust::Parents,
+            allowed: self.naming.allow_path.clone(),
+            guess_backing: true,
+            without_backing: self.alone,
+            secrets: secrets::parse(&self.naming.object)?,
+        };
+        if self.writable && self.force_share {
+            return Err(failed(Failure::usage(
+                "force-share=on can only be used with read-only images",
+            )));
+        }
+        let opened = tranship_formats::open_spec(&spec, &options)
+            .map_err(|error| failed(Failure::from(error)))?;
+        let is_guess = spec.format.is_none() && format.is_none() && opened.format == Format::Raw;
+        if is_guess && self.writable {
+            console.warn_of_guessed_raw(&shown);
+        }
+        // Whoever only reads a raw disk is not bothered, as by qemu-img.
+        let is_bother = |text: &&String| is_guess && text.contains("nothing was recognised");
+        for warning in opened.warnings.iter().filter(|text| !is_bother(text)) {
+            console.warn(warning);
+        }
+        Ok(Source { name: shown, spec, opened })
+    }
+
+    fn spec(&self, name: &OsStr) -> Result<Spec, Failure> {
+        let spec = match (name.to_str(), self.naming.image_opts) {
+            (Some(text), true) => Spec::from_options(text)?,
+            (Some(text), false) => Spec::from_name(text)?,
+            (None, _) => Spec::from_path(Path::new(name)),
+        };
+        Ok(spec)
+    }
+}
+
+/// The format of this name.
+pub(crate) fn format_named(name: &str) -> Result<Format, Failure> {
+    name.parse().map_err(|_| Failure::usage(format!("Unknown driver '{name}'")))
+}
+
+/// The only image name of a command.
+pub(crate) fn one<'a>(names: &'a [std::ffi::OsString], command: &str, console: Console) -> Result<&'a OsStr, Failure> {
+    match names {
+        [name] => Ok(name),
+        _ => Err(usage(console, command, "Expecting one image file name")),
+    }
+}
+
+/// A mistake in the words of a command.
+pub(crate) fn usage(console: Console, command: &str, message: impl Into<String>) -> Failure {
+    use crate::personality::Personality;
+    let hint = match console.personality() {
+        Personality::QemuImg => format!("Try 'qemu-img {command} --help' for more info"),
+        _ => format!("see `tranship image {command} --help`"),
+    };
+    Failure::usage(message).hint(hint)
+}
+
+/// Where the name that an image has for another one leads.
+pub(crate) fn beside(image: &Path, name: &str) -> PathBuf {
+    let is_protocol = name.split('/').next().is_some_and(|start| start.contains(':'));
+    if is_protocol || name.starts_with('/') {
+        return PathBuf::from(name);
+    }
+    match image.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.join(name),
+        _ => PathBuf::from(name),
+    }
+}
+
+/// How a result is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// For people.
+    Human,
+    /// For programs.
+    Json,
+}
+
+/// The value of `--output`.
+pub(crate) fn output(value: Option<&str>, command: &str, console: Console) -> Result<Output, Failure> {
+    match value {
+        None | Some("human") => Ok(Output::Human),
+        Some("json") => Ok(Output::Json),
+        Some(other) => Err(usage(
+            console,
+            command,
+            format!("--output expects 'human' or 'json' not '{other}'"),
+        )),
+    }
+}
+
+/// Checks the name of a way to cache.
+pub(crate) fn cache(value: Option<&str>, what: &str) -> Result<(), Failure> {
+    match value {
+        None | Some("none" | "off" | "writeback" | "unsafe" | "directsync" | "writethrough") => {
+            Ok(())
+        }
+        Some(other) => Err(Failure::usage(format!("Invalid {what}cache option: {other}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_to_the_images_folder() {
+        for (image, name, expected) in [
+            ("a.q", "b.q", "b.q"),
+            ("x/a.q", "b.q", "x/b.q"),
+            ("x/a.q", "../b.q", "x/../b.q"),
+            ("/x/a.q", "b.q", "/x/b.q"),
+            ("x/a.q", "/b.q", "/b.q"),
+            ("x/a.q", "nbd://h/x", "nbd://h/x"),
+            ("x/a.q", "json:{}", "json:{}"),
+        ] {
+            assert_eq!(beside(Path::new(image), name), Path::new(expected), "{image} {name}");
+        }
+    }
+}
