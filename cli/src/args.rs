@@ -160,11 +160,13 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
             ConvertArgs::from_arg_matches(&matches).map(|args| Command::Convert(Box::new(args)))
         }
         Personality::Guestfish => ShellArgs::with_drives(&matches).map(Command::Shell),
-        Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => match matches.subcommand() {
-            Some(("shell", options)) => ShellArgs::with_drives(options).map(Command::Shell),
-            Some(("image", options)) => image::from_matches(options).map(Command::Image),
-            _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
-        },
+        Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => {
+            match matches.subcommand() {
+                Some(("shell", options)) => ShellArgs::with_drives(options).map(Command::Shell),
+                Some(("image", options)) => image::from_matches(options).map(Command::Image),
+                _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
+            }
+        }
     };
     command.map(Parsed::Command).or_else(wrong)
 }

@@ -77,6 +77,13 @@ impl Failure {
         self
     }
 
+    /// The same, with what it is about in front.
+    #[must_use]
+    pub(crate) fn about(mut self, what: &str) -> Self {
+        self.message = format!("{what}: {}", self.message);
+        self
+    }
+
     /// The same with this exit code, unless it has one of its own.
     #[must_use]
     pub(crate) fn exiting_with(mut self, code: u8) -> Self {

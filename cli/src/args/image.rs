@@ -9,7 +9,9 @@ mod copy;
 mod getopt;
 mod look;
 
-pub(crate) use change::{AmendArgs, BitmapAction, BitmapArgs, CreateArgs, ResizeArgs, SnapshotArgs};
+pub(crate) use change::{
+    AmendArgs, BitmapAction, BitmapArgs, CreateArgs, ResizeArgs, SnapshotArgs,
+};
 pub(crate) use copy::{BenchArgs, CommitArgs, CompactArgs, ConvertArgs, DdArgs, RebaseArgs};
 pub(crate) use copy::{Limit, VerifyArgs};
 pub(crate) use look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, MeasureArgs};
@@ -133,18 +135,18 @@ fn as_qemu_img(name: &'static str) -> clap::Command {
 /// Parses what follows the name `qemu-img`.
 pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
     let name = Personality::QemuImg.program();
-    let rest = getopt::translate(&getopt::command(name, &rest)?, rest);
+    let command = getopt::command(name, &rest).map_err(|failure| failure.exiting_with(1))?;
+    let rest = getopt::translate(&command, rest);
     let words = std::iter::once(OsString::from(name)).chain(rest.iter().cloned());
-    let args = as_qemu_img(name)
-        .try_get_matches_from(words)
-        .and_then(|matches| from_matches(&matches));
+    let args =
+        as_qemu_img(name).try_get_matches_from(words).and_then(|matches| from_matches(&matches));
     match args {
         Ok(args) => Ok(Parsed::Command(Command::Image(args))),
         Err(error) => match error.kind() {
             ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
                 Ok(Parsed::Text(error.render().to_string()))
             }
-            _ => Err(getopt::failure(name, &rest, &error)),
+            _ => Err(getopt::failure(name, &rest, &error).exiting_with(1)),
         },
     }
 }

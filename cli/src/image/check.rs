@@ -90,8 +90,9 @@ impl Job<'_> {
     /// Checks the image's bytes, whatever the disk in them is like.
     fn check(&self, spec: &Spec, format: Format, repair: Repair) -> Result<CheckReport, Failure> {
         if format == Format::Raw {
-            return Err(Failure::usage("This image format does not support checks")
-                .exiting_with(NO_CHECKS));
+            return Err(
+                Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
+            );
         }
         let opening = Opening { writable: repair != Repair::Nothing, ..self.opening() };
         let spec = Spec { format: Some(Format::Raw), ..spec.clone() };
@@ -101,8 +102,9 @@ impl Job<'_> {
             .map_or(Ok(None), |layer| examine(layer, format, repair))
             .map_err(|failure| failure.within("Check failed"))?;
         let Some(report) = report else {
-            return Err(Failure::usage("This image format does not support checks")
-                .exiting_with(NO_CHECKS));
+            return Err(
+                Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
+            );
         };
         report.details.iter().for_each(|detail| stdout::complain(detail));
         Ok(report)
@@ -116,7 +118,7 @@ fn examine(layer: &Layer, format: Format, repair: Repair) -> Result<Option<Check
     }
     let mut leaks_fixed = 0;
     if let (true, Some(storage)) = (repair != Repair::Nothing, &layer.storage) {
-        leaks_fixed = tranship_qcow2::repair_leaks(storage)?;
+        leaks_fixed = tranship_qcow2::repair_leaks(&**storage)?;
     }
     let report = tranship_qcow2::check(&layer.file)?;
     Ok(Some(CheckReport {
@@ -159,8 +161,11 @@ fn human(report: &CheckReport, format: Format) -> String {
         );
     }
     if report.check_errors > 0 {
-        let _ =
-            writeln!(text, "\n{} internal errors have occurred during the check.", report.check_errors);
+        let _ = writeln!(
+            text,
+            "\n{} internal errors have occurred during the check.",
+            report.check_errors
+        );
     }
     if !counts_clusters(format) {
         return text;

@@ -35,26 +35,26 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         Side { device: &*second.opened.device, name: &second.name },
     ];
     let say = |text: &str| if args.quiet { Ok(()) } else { stdout::print(text) };
-    if sides[0].size() != sides[1].size() {
-        if args.strict {
-            say("Strict mode: Image size mismatch!\n")?;
-            progress.end();
-            return Ok(1);
-        }
-        say("Warning: Image size mismatch!\n")?;
+    let sizes = sides.map(|side| side.size());
+    let [common, end] = [sizes[0].min(sizes[1]), sizes[0].max(sizes[1])];
+    if common != end && args.strict {
+        say("Strict mode: Image size mismatch!\n")?;
+        progress.end();
+        return Ok(1);
     }
-    let code = match search::first_difference(sides, &progress)? {
-        Some(offset) => {
-            say(&format!("Content mismatch at offset {offset}!\n"))?;
-            progress.end();
-            1
-        }
+    let search = |start, end| search::first_difference(sides, start..end, &progress);
+    let mut found = search(0, common)?;
+    if found.is_none() && common != end {
+        say("Warning: Image size mismatch!\n")?;
+        found = search(common, end)?;
+    }
+    match found {
+        Some(offset) => say(&format!("Content mismatch at offset {offset}!\n"))?,
         None => {
             progress.set(1, 1);
             say("Images are identical.\n")?;
-            progress.end();
-            0
         }
-    };
-    Ok(code)
+    }
+    progress.end();
+    Ok(u8::from(found.is_some()))
 }

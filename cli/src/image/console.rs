@@ -85,8 +85,10 @@ impl Progress {
     pub(crate) fn set(&self, done: u64, total: u64) {
         let share = match total {
             0 => WHOLE,
-            total => u64::try_from(u128::from(done.min(total)) * u128::from(WHOLE) / u128::from(total))
-                .unwrap_or(WHOLE),
+            total => {
+                u64::try_from(u128::from(done.min(total)) * u128::from(WHOLE) / u128::from(total))
+                    .unwrap_or(WHOLE)
+            }
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.now = state.now.max(share);
@@ -114,7 +116,9 @@ impl Progress {
 fn next_line(state: &mut State, is_shown: bool, asked: bool) -> Option<String> {
     let due = match state.printed {
         None => true,
-        Some(printed) => state.now >= printed.saturating_add(100) || (state.now == WHOLE && printed != WHOLE),
+        Some(printed) => {
+            state.now >= printed.saturating_add(100) || (state.now == WHOLE && printed != WHOLE)
+        }
     };
     if !asked && !(is_shown && due) {
         return None;

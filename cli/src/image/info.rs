@@ -6,9 +6,9 @@ mod name;
 
 use super::console::Console;
 use super::json::{Json, Object};
+use super::sizes;
 use super::snapshot;
 use super::source::{self, Opening, Output, Source};
-use super::sizes;
 use crate::args::image::InfoArgs;
 use crate::failure::Failure;
 use crate::stdout;
@@ -50,7 +50,8 @@ fn gather(source: &Source, layers: usize) -> Result<Vec<Facts>, Failure> {
     layers
         .enumerate()
         .map(|(at, layer)| {
-            let name = if at == 0 { first.clone() } else { layer.path.display().to_string() };
+            let name =
+                if at == 0 { first.clone() } else { source::shown(layer).display().to_string() };
             Facts::of(layer, name).map_err(failed)
         })
         .collect()

@@ -53,7 +53,11 @@ impl Object {
     }
 
     /// Adds a value if there is one.
-    pub(crate) fn set_some(&mut self, key: &'static str, value: Option<impl Into<Json>>) -> &mut Self {
+    pub(crate) fn set_some(
+        &mut self,
+        key: &'static str,
+        value: Option<impl Into<Json>>,
+    ) -> &mut Self {
         if let Some(value) = value {
             self.set(key, value);
         }
@@ -227,7 +231,10 @@ mod tests {
 
     fn example() -> Json {
         let mut inner = Object::default();
-        inner.set("name", "bm0").set("flags", vec![Json::from("auto")]).set("granularity", 65_536_u32);
+        inner
+            .set("name", "bm0")
+            .set("flags", vec![Json::from("auto")])
+            .set("granularity", 65_536_u32);
         let mut outer = Object::default();
         outer
             .set("zebra", "last")

@@ -124,7 +124,8 @@ fn entry_at(source: &Source, at: u64, end: u64) -> Result<Entry, Failure> {
     let depth = usize::try_from(extent.depth).unwrap_or(usize::MAX);
     let layer = source.opened.layers.get(depth);
     let is_raw = layer.is_some_and(|layer| layer.format == Format::Raw);
-    let keeps_all = layer.is_some_and(|layer| matches!(layer.format, Format::Raw | Format::Vpc | Format::Vdi));
+    let keeps_all =
+        layer.is_some_and(|layer| matches!(layer.format, Format::Raw | Format::Vpc | Format::Vdi));
     let is_data = extent.kind == ExtentKind::Data;
     let shift = source.spec.slice.filter(|_| depth == 0).map_or(0, |slice| slice.offset);
     // A hole in a raw disk has its place in the file like everything else.
@@ -138,13 +139,13 @@ fn entry_at(source: &Source, at: u64, end: u64) -> Result<Entry, Failure> {
         is_data,
         is_compressed: extent.compressed,
         offset: offset.filter(|_| !extent.compressed),
-        file: layer.map(|layer| file_of(layer, at)),
+        file: layer.filter(|_| offset.is_some()).map(|layer| file_of(layer, at)),
     })
 }
 
 /// The file of the layer that has what is at this byte of the disk.
 fn file_of(layer: &Layer, at: u64) -> String {
-    let mut path = layer.path.clone();
+    let mut path = source::shown(layer);
     if let Disk::Vmdk(disk) = &layer.disk {
         let mut start = 0_u64;
         for extent in disk.extents() {

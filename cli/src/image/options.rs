@@ -182,9 +182,7 @@ fn unknown(name: &str) -> Failure {
 
 impl Kind {
     fn parse(self, name: &str, text: String) -> Result<Value, Failure> {
-        let number = || {
-            Failure::usage(format!("Parameter '{name}' {NO_SIZE}")).hint(SUFFIXES)
-        };
+        let number = || Failure::usage(format!("Parameter '{name}' {NO_SIZE}")).hint(SUFFIXES);
         match self {
             Self::Text => Ok(Value::Text(text)),
             Self::Switch => match text.as_str() {

@@ -73,7 +73,8 @@ fn one(object: &str) -> Result<(String, Vec<u8>), Failure> {
 
 fn read(file: &str) -> Result<Vec<u8>, Failure> {
     use std::io::Read;
-    let failed = |error: std::io::Error| Failure::usage(format!("Unable to read {file}")).because(&error);
+    let failed =
+        |error: std::io::Error| Failure::usage(format!("Unable to read {file}")).because(&error);
     let mut bytes = Vec::new();
     let open = std::fs::File::open(file).map_err(failed)?;
     open.take(LARGEST + 1).read_to_end(&mut bytes).map_err(failed)?;

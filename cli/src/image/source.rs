@@ -7,7 +7,7 @@ use crate::args::image::Naming;
 use crate::failure::Failure;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use tranship_formats::{Format, OpenOptions, Opened, Spec, Trust};
+use tranship_formats::{Format, Layer, OpenOptions, Opened, Spec, Trust};
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -69,11 +69,22 @@ impl<'a> Opening<'a> {
     /// # Errors
     ///
     /// As [`Self::open`].
-    pub(crate) fn open_as(&self, name: &OsStr, spec: Spec, console: Console) -> Result<Source, Failure> {
+    pub(crate) fn open_as(
+        &self,
+        name: &OsStr,
+        spec: Spec,
+        console: Console,
+    ) -> Result<Source, Failure> {
         self.open_spec(name.to_string_lossy().into_owned(), spec, None, console)
     }
 
-    fn open_spec(&self, shown: String, spec: Spec, format: Option<Format>, console: Console) -> Result<Source, Failure> {
+    fn open_spec(
+        &self,
+        shown: String,
+        spec: Spec,
+        format: Option<Format>,
+        console: Console,
+    ) -> Result<Source, Failure> {
         let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
         let options = OpenOptions {
             format,
@@ -119,7 +130,11 @@ pub(crate) fn format_named(name: &str) -> Result<Format, Failure> {
 }
 
 /// The only image name of a command.
-pub(crate) fn one<'a>(names: &'a [std::ffi::OsString], command: &str, console: Console) -> Result<&'a OsStr, Failure> {
+pub(crate) fn one<'a>(
+    names: &'a [std::ffi::OsString],
+    command: &str,
+    console: Console,
+) -> Result<&'a OsStr, Failure> {
     match names {
         [name] => Ok(name),
         _ => Err(usage(console, command, "Expecting one image file name")),
@@ -148,6 +163,14 @@ pub(crate) fn beside(image: &Path, name: &str) -> PathBuf {
     }
 }
 
+/// The path of a layer, as short as its name allows.
+pub(crate) fn shown(layer: &Layer) -> PathBuf {
+    match layer.path.strip_prefix("./") {
+        Ok(short) if !layer.name.starts_with("./") => short.to_owned(),
+        _ => layer.path.clone(),
+    }
+}
+
 /// How a result is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Output {
@@ -158,7 +181,11 @@ pub(crate) enum Output {
 }
 
 /// The value of `--output`.
-pub(crate) fn output(value: Option<&str>, command: &str, console: Console) -> Result<Output, Failure> {
+pub(crate) fn output(
+    value: Option<&str>,
+    command: &str,
+    console: Console,
+) -> Result<Output, Failure> {
     match value {
         None | Some("human") => Ok(Output::Human),
         Some("json") => Ok(Output::Json),

@@ -71,16 +71,31 @@ pub(crate) struct SnapshotArgs {
     #[arg(short, long, help_heading = "Operation")]
     pub(crate) list: bool,
     /// Make a snapshot of this name
-    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true,
-          help_heading = "Operation")]
+    #[arg(
+        short,
+        long,
+        value_name = "NAME",
+        allow_hyphen_values = true,
+        help_heading = "Operation"
+    )]
     pub(crate) create: Option<String>,
     /// Give the disk the contents that it has in this snapshot
-    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true,
-          help_heading = "Operation")]
+    #[arg(
+        short,
+        long,
+        value_name = "NAME",
+        allow_hyphen_values = true,
+        help_heading = "Operation"
+    )]
     pub(crate) apply: Option<String>,
     /// Delete this snapshot
-    #[arg(short, long, value_name = "NAME", allow_hyphen_values = true,
-          help_heading = "Operation")]
+    #[arg(
+        short,
+        long,
+        value_name = "NAME",
+        allow_hyphen_values = true,
+        help_heading = "Operation"
+    )]
     pub(crate) delete: Option<String>,
     /// The image
     #[arg(value_name = "FILENAME")]
@@ -132,8 +147,12 @@ pub(crate) struct BitmapArgs {
           help_heading = "Actions, in the order in which they are given")]
     disable: Vec<String>,
     /// Add what this bitmap has
-    #[arg(long, value_name = "BITMAP", allow_hyphen_values = true,
-          help_heading = "Actions, in the order in which they are given")]
+    #[arg(
+        long,
+        value_name = "BITMAP",
+        allow_hyphen_values = true,
+        help_heading = "Actions, in the order in which they are given"
+    )]
     merge: Vec<String>,
     /// Bytes that a bit of a new bitmap stands for
     #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]

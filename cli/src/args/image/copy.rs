@@ -10,8 +10,13 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Limit {
     /// Copy at most this many bytes a second, such as 50M
-    #[arg(short = 'r', long, visible_alias = "rate", value_name = "RATE",
-          allow_hyphen_values = true)]
+    #[arg(
+        short = 'r',
+        long,
+        visible_alias = "rate",
+        value_name = "RATE",
+        allow_hyphen_values = true
+    )]
     pub(crate) limit_rate: Option<String>,
 }
 
@@ -21,45 +26,85 @@ pub(crate) struct Limit {
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
     /// Format of the sources; without it they are looked at
-    #[arg(short = 'f', long, value_name = "FMT", allow_hyphen_values = true,
-          help_heading = "Source")]
+    #[arg(
+        short = 'f',
+        long,
+        value_name = "FMT",
+        allow_hyphen_values = true,
+        help_heading = "Source"
+    )]
     pub(crate) source_format: Option<String>,
     /// Take the sources' names for options such as driver=qcow2,file.filename=NAME
     #[arg(long, visible_alias = "image-opts", help_heading = "Source")]
     pub(crate) source_image_opts: bool,
     /// The snapshot to copy: its name, or snapshot.id=ID, or snapshot.name=NAME
-    #[arg(short = 'l', long, value_name = "SNAPSHOT", allow_hyphen_values = true,
-          help_heading = "Source")]
+    #[arg(
+        short = 'l',
+        long,
+        value_name = "SNAPSHOT",
+        allow_hyphen_values = true,
+        help_heading = "Source"
+    )]
     pub(crate) source_snapshot: Option<String>,
     /// How sources are cached: none, writeback, unsafe, directsync or writethrough
-    #[arg(short = 'T', long, value_name = "MODE", allow_hyphen_values = true,
-          help_heading = "Source")]
+    #[arg(
+        short = 'T',
+        long,
+        value_name = "MODE",
+        allow_hyphen_values = true,
+        help_heading = "Source"
+    )]
     pub(crate) source_cache: Option<String>,
     #[command(flatten)]
     pub(crate) reading: Reading,
 
     /// Format of the target [default: raw]
-    #[arg(short = 'O', long, value_name = "FMT", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 'O',
+        long,
+        value_name = "FMT",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) target_format: Option<String>,
     /// Take the target's name for options such as driver=qcow2,file.filename=NAME
     #[arg(long, help_heading = "Target")]
     pub(crate) target_image_opts: bool,
     /// What the target is made with, as for `create`. Can be repeated
-    #[arg(short = 'o', long, value_name = "OPTIONS", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 'o',
+        long,
+        value_name = "OPTIONS",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) target_options: Vec<String>,
     /// How the target is cached: none, writeback, unsafe, directsync or writethrough
-    #[arg(short = 't', long, value_name = "MODE", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 't',
+        long,
+        value_name = "MODE",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) target_cache: Option<String>,
     /// The image that the target is based on
-    #[arg(short = 'B', long, value_name = "FILENAME", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 'B',
+        long,
+        value_name = "FILENAME",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) backing: Option<String>,
     /// Format of the image that the target is based on
-    #[arg(short = 'F', long, value_name = "FMT", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 'F',
+        long,
+        value_name = "FMT",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) backing_format: Option<String>,
     /// Write into a target that exists
     #[arg(short = 'n', long, help_heading = "Target")]
@@ -71,8 +116,13 @@ pub(crate) struct ConvertArgs {
     #[arg(short, long, help_heading = "Target")]
     pub(crate) compress: bool,
     /// Leave a hole for this many zeroes in a row [default: 4k]; 0 writes all of them
-    #[arg(short = 'S', long, value_name = "SIZE", allow_hyphen_values = true,
-          help_heading = "Target")]
+    #[arg(
+        short = 'S',
+        long,
+        value_name = "SIZE",
+        allow_hyphen_values = true,
+        help_heading = "Target"
+    )]
     pub(crate) sparse_size: Option<String>,
     /// Copy the persistent bitmaps as well
     #[arg(long, help_heading = "Target")]

@@ -23,7 +23,8 @@ pub(super) fn translate(command: &str, mut rest: Vec<OsString>) -> Vec<OsString>
     // The last word of `resize` is a size, also if it looks like an option: -1G.
     let relative = |word: &OsString| {
         let bytes = word.as_encoded_bytes();
-        bytes.first() == Some(&b'-') && bytes.get(1).is_some_and(|b| b.is_ascii_digit() || *b == b'.')
+        bytes.first() == Some(&b'-')
+            && bytes.get(1).is_some_and(|b| b.is_ascii_digit() || *b == b'.')
     };
     if command == "resize" && rest.last().is_some_and(relative) && !rest.contains(&"--".into()) {
         rest.insert(rest.len().saturating_sub(1), "--".into());

@@ -6,6 +6,7 @@
 
 use crate::failure::Failure;
 use crate::image::console::Progress;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -84,6 +85,9 @@ struct Found {
 
 struct Search<'a> {
     sides: [Side<'a>; 2],
+    /// Bytes of the larger disk.
+    size: u64,
+    /// Where the search ends.
     end: u64,
     next: Mutex<u64>,
     found: Mutex<Found>,
@@ -92,18 +96,19 @@ struct Search<'a> {
     progress: &'a Progress,
 }
 
-/// The first sector that differs; the shorter disk counts as followed by zeroes.
+/// The first sector in `range` that differs; the shorter disk counts as followed by zeroes.
 pub(super) fn first_difference(
     sides: [Side<'_>; 2],
+    range: Range<u64>,
     progress: &Progress,
 ) -> Result<Option<u64>, Failure> {
-    let end = sides[0].size().max(sides[1].size());
     let search = Search {
         sides,
-        end,
-        next: Mutex::new(0),
+        size: sides[0].size().max(sides[1].size()),
+        end: range.end,
+        next: Mutex::new(range.start),
         found: Mutex::default(),
-        limit: AtomicU64::new(end),
+        limit: AtomicU64::new(range.end),
         progress,
     };
     let threads = thread::available_parallelism().map_or(2, usize::from).clamp(1, MOST_THREADS);
@@ -145,7 +150,7 @@ impl Search<'_> {
             if start >= self.limit.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            self.progress.set(start, self.end);
+            self.progress.set(start, self.size);
             let known = self.sides.map(|side| side.known_at(start));
             let [first, second] = known;
             let fail = |failure| (start, failure);
@@ -205,13 +210,13 @@ mod tests {
     use tranship_block::MemoryDevice;
 
     fn difference(first: &[u8], second: &[u8]) -> Option<u64> {
-        let devices =
-            [first, second].map(|bytes| MemoryDevice::read_only(bytes.to_vec()));
+        let devices = [first, second].map(|bytes| MemoryDevice::read_only(bytes.to_vec()));
         let sides = [
             Side { device: &devices[0], name: "first" },
             Side { device: &devices[1], name: "second" },
         ];
-        first_difference(sides, &Progress::start(false)).unwrap()
+        let size = sides[0].size().max(sides[1].size());
+        first_difference(sides, 0..size, &Progress::start(false)).unwrap()
     }
 
     #[test]

@@ -5,7 +5,7 @@ use super::name::by_kind;
 use crate::failure::Failure;
 use crate::image::json::{Json, Object};
 use crate::image::snapshot::Snapshot;
-use crate::image::source::beside;
+use crate::image::source::{beside, shown};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use tranship_block::BlockDevice;
@@ -57,7 +57,12 @@ pub(super) struct Child {
 impl Facts {
     /// The facts about `layer`, which is shown as `name`.
     pub(super) fn of(layer: &Layer, name: String) -> Result<Self, Failure> {
-        let file = Child::file("file", &layer.path, layer.file.size());
+        // The disk may be a part of the file only.
+        let length = std::fs::metadata(&layer.path)
+            .ok()
+            .filter(std::fs::Metadata::is_file)
+            .map_or(layer.file.size(), |facts| facts.len());
+        let file = Child::file("file", &shown(layer), length);
         let mut facts = Self {
             name,
             format: layer.format.name(),
@@ -88,16 +93,19 @@ impl Facts {
         self.is_dirty = Some(header.is_dirty());
         self.backing = header.backing.as_ref().map(|backing| BackingFacts {
             name: backing.name.clone(),
-            full_name: beside(&layer.path, &backing.name).display().to_string(),
+            full_name: beside(&shown(layer), &backing.name).display().to_string(),
             format: backing.format.clone(),
         });
         let mut data = Object::default();
         let is_v3 = header.version >= 3;
         data.set("compat", if is_v3 { "1.1" } else { "0.10" })
-            .set("compression-type", match header.compression {
-                Compression::Zstd => "zstd",
-                _ => "zlib",
-            })
+            .set(
+                "compression-type",
+                match header.compression {
+                    Compression::Zstd => "zstd",
+                    _ => "zlib",
+                },
+            )
             .set("refcount-bits", 1_u32 << header.refcount_order);
         if is_v3 {
             data.set("lazy-refcounts", header.compatible_features & 1 != 0)
@@ -112,8 +120,8 @@ impl Facts {
         let extents = disk.extents();
         self.cluster_size = extents.iter().find_map(|extent| extent.grain);
         let listed = extents.iter().map(|extent| {
-            let file = extent.name.as_deref().map(|name| beside(&layer.path, name));
-            let file = file.as_deref().unwrap_or(&layer.path).display().to_string();
+            let file = extent.name.as_deref().map(|name| beside(&shown(layer), name));
+            let file = file.unwrap_or_else(|| shown(layer)).display().to_string();
             let kind = if extent.name.is_some() { extent_type(extent.kind) } else { "" };
             let mut object = Object::default();
             object
@@ -134,7 +142,7 @@ impl Facts {
         self.specific = Some(data);
         for (at, extent) in extents.iter().enumerate() {
             if let Some(name) = &extent.name {
-                let path = beside(&layer.path, name);
+                let path = beside(&shown(layer), name);
                 let length = std::fs::metadata(&path).map_or(0, |facts| facts.len());
                 self.children.insert(0, Child::file(&format!("extents.{at}"), &path, length));
             }

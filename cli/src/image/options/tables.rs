@@ -33,7 +33,12 @@ const fn option(name: &'static str, kind: Kind, help: &'static str) -> Described
     Described { name, kind, default: None, help }
 }
 
-const fn shown(name: &'static str, kind: Kind, default: &'static str, help: &'static str) -> Described {
+const fn shown(
+    name: &'static str,
+    kind: Kind,
+    default: &'static str,
+    help: &'static str,
+) -> Described {
     Described { name, kind, default: Some(default), help }
 }
 
@@ -43,8 +48,7 @@ static BACKING_FILE: Described =
 static BACKING_FORMAT: Described =
     option("backing_fmt", Kind::Text, "Format of the image that the new one is based on");
 
-static COMPAT: Described =
-    option("compat", Kind::Text, "Version: v2 (or 0.10), v3 (or 1.1)");
+static COMPAT: Described = option("compat", Kind::Text, "Version: v2 (or 0.10), v3 (or 1.1)");
 static DATA_FILE: Described =
     option("data_file", Kind::Text, "Separate file that the guest's data goes to");
 static DATA_FILE_RAW: Described = option(
@@ -58,8 +62,12 @@ static LAZY_REFCOUNTS: Described = shown(
     "off",
     "Write reference counts late: faster, but a crash has to be repaired",
 );
-static REFCOUNT_BITS: Described =
-    shown("refcount_bits", Kind::Number, "16", "Bits of a reference count, a power of two up to 64");
+static REFCOUNT_BITS: Described = shown(
+    "refcount_bits",
+    Kind::Number,
+    "16",
+    "Bits of a reference count, a power of two up to 64",
+);
 static ITER_TIME: Described =
     option("encrypt.iter-time", Kind::Number, "Milliseconds that testing a passphrase takes");
 
@@ -102,7 +110,12 @@ static VPC: [Described; 2] = [
 
 static VHDX: [Described; 4] = [
     shown("log_size", Kind::Size, "1048576", "Bytes of the log, a multiple of 1M"),
-    shown("block_size", Kind::Size, "0", "Bytes of a block, 1M to 256M; 0 chooses by the disk's size"),
+    shown(
+        "block_size",
+        Kind::Size,
+        "0",
+        "Bytes of a block, 1M to 256M; 0 chooses by the disk's size",
+    ),
     option("subformat", Kind::Text, "dynamic or fixed"),
     option("block_state_zero", Kind::Switch, "Mark blocks of zeroes instead of storing them"),
 ];
@@ -111,7 +124,11 @@ static VHDX: [Described; 4] = [
 static FILE: [Described; 3] = [
     option("nocow", Kind::Switch, "Write in place on btrfs, which does not copy then"),
     option("preallocation", Kind::Text, "Space that is reserved: off, falloc or full"),
-    option("extent_size_hint", Kind::Size, "Bytes that the filesystem allocates at once; 0 for none"),
+    option(
+        "extent_size_hint",
+        Kind::Size,
+        "Bytes that the filesystem allocates at once; 0 for none",
+    ),
 ];
 
 /// The options of `image`'s changeable properties.
