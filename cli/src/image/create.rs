@@ -10,7 +10,7 @@ use super::source::{self, Opening};
 use crate::args::image::{CreateArgs, Naming};
 use crate::failure::Failure;
 use crate::stdout;
-pub(crate) use build::preallocation;
+pub(crate) use build::{preallocation, qcow2_preallocation, qcow2_shape};
 use std::ffi::OsString;
 use std::path::Path;
 use tranship_formats::{Format, Place, Spec};
@@ -46,7 +46,7 @@ pub(crate) fn run(args: &CreateArgs, console: Console) -> Result<u8, Failure> {
     if !args.quiet {
         stdout::print(&plan.announcement(&shown))?;
     }
-    plan.carry_out(&args.naming, console).map_err(named)?;
+    plan.carry_out(console).map_err(named)?;
     Ok(0)
 }
 
@@ -222,8 +222,8 @@ impl Plan {
     }
 
     /// Makes the image.
-    pub(crate) fn carry_out(&self, naming: &Naming, console: Console) -> Result<(), Failure> {
-        let what = build::build(self.format, &self.options, naming, console)?;
+    pub(crate) fn carry_out(&self, console: Console) -> Result<(), Failure> {
+        let what = build::build(self.format, &self.options, &self.spec, console)?;
         if let (Place::File(path), Some(true)) = (&self.spec.place, self.options.switch("nocow")) {
             build::write_in_place(path)?;
         }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `image measure`: how much space an image will take.
 
+mod qcow2;
+
 use super::console::Console;
 use super::create;
 use super::json::{Json, Object};
@@ -72,6 +74,7 @@ pub(crate) fn run(args: &MeasureArgs, console: Console) -> Result<u8, Failure> {
             let size = size.next_multiple_of(512);
             Measured { required: size, fully_allocated: size, bitmaps: None }
         }
+        Format::Qcow2 => qcow2::measure(source.as_ref(), size.unwrap_or(0), &options)?,
         _ => {
             return Err(Failure::usage(format!(
                 "Block driver '{target}' does not support size measurement"
