@@ -51,7 +51,7 @@ fn overlay(backing: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failur
     let name = std::env::temp_dir().join("overlay of a read-only disk");
     let storage: Arc<dyn Storage> = Arc::new(RawFile::from_file(file, name, Access::ReadWrite)?);
     tranship_qcow2::create(&*storage, &CreateOptions::new(backing.size()))?;
-    let options = tranship_qcow2::OpenOptions { read_only: false, backing: Some(backing) };
+    let options = tranship_qcow2::OpenOptions { backing: Some(backing), ..Default::default() };
     Ok(Arc::new(Qcow2::open(storage, options)?))
 }
 

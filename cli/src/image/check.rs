@@ -113,25 +113,12 @@ impl Job<'_> {
 
 /// Checks the file of `layer` as `format`; `None` if the format has no checks.
 fn examine(layer: &Layer, format: Format, repair: Repair) -> Result<Option<CheckReport>, Failure> {
-    if format != Format::Qcow2 {
-        return Ok(None);
-    }
-    let mut leaks_fixed = 0;
-    if let (true, Some(storage)) = (repair != Repair::Nothing, &layer.storage) {
-        leaks_fixed = tranship_qcow2::repair_leaks(&**storage)?;
-    }
-    let report = tranship_qcow2::check(&layer.file)?;
-    Ok(Some(CheckReport {
-        corruptions: report.corruptions,
-        leaks: report.leaks,
-        leaks_fixed,
-        details: report.details,
-        total_clusters: report.total_clusters,
-        allocated_clusters: report.allocated_clusters,
-        compressed_clusters: report.compressed_clusters,
-        image_end_offset: report.image_end_offset,
-        ..CheckReport::default()
-    }))
+    let report = match (format, &layer.storage) {
+        (Format::Qcow2, Some(storage)) => tranship_qcow2::check(&**storage, repair),
+        (Format::Qcow2, None) => tranship_qcow2::check_read_only(&layer.file),
+        _ => return Ok(None),
+    };
+    Ok(Some(report?))
 }
 
 /// Whether qemu-img counts the clusters of this format.

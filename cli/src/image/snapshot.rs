@@ -11,30 +11,55 @@ use crate::stdout;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::fmt::Write;
+use tranship_formats::{Format, Layer};
+use tranship_qcow2::Snapshot;
 
 /// A snapshot as it is shown.
 #[derive(Clone, Debug)]
-pub(crate) struct Snapshot {
+pub(crate) struct Shown {
     /// Its number, as text.
-    pub(crate) id: String,
+    id: String,
     /// What a person called it.
-    pub(crate) name: String,
+    name: String,
     /// Bytes of saved machine state.
-    pub(crate) vm_state_size: u64,
+    vm_state_size: u64,
     /// Seconds since 1970.
-    pub(crate) date_seconds: u32,
+    date_seconds: u32,
     /// Nanoseconds more.
-    pub(crate) date_nanoseconds: u32,
+    date_nanoseconds: u32,
     /// How long the guest had been running.
-    pub(crate) vm_clock_nanoseconds: u64,
+    vm_clock_nanoseconds: u64,
     /// Instructions that the guest had executed, if they were counted.
-    pub(crate) icount: Option<u64>,
+    icount: Option<u64>,
+}
+
+impl From<Snapshot> for Shown {
+    fn from(snapshot: Snapshot) -> Self {
+        Self {
+            id: snapshot.id,
+            name: snapshot.name,
+            vm_state_size: snapshot.vm_state_size,
+            date_seconds: snapshot.date_seconds,
+            date_nanoseconds: snapshot.date_nanoseconds,
+            vm_clock_nanoseconds: snapshot.vm_clock_nanoseconds,
+            icount: snapshot.icount,
+        }
+    }
+}
+
+/// The snapshots in `layer`.
+pub(crate) fn list(layer: &Layer) -> Result<Vec<Shown>, Failure> {
+    if layer.format != Format::Qcow2 {
+        return Ok(Vec::new());
+    }
+    let snapshots = tranship_qcow2::snapshots(&layer.file)?;
+    Ok(snapshots.into_iter().map(Shown::from).collect())
 }
 
 const SECOND: u64 = 1_000_000_000;
 
 /// The table of snapshots with its title.
-pub(crate) fn table(snapshots: &[Snapshot]) -> String {
+pub(crate) fn table(snapshots: &[Shown]) -> String {
     let mut text = String::from("Snapshot list:\n");
     row(&mut text, ["ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"]);
     for snapshot in snapshots {
@@ -69,7 +94,7 @@ fn row(text: &mut String, [id, name, size, date, clock, icount]: [&str; 6]) {
 }
 
 /// The facts about a snapshot for programs.
-pub(crate) fn json(snapshot: &Snapshot) -> Json {
+pub(crate) fn json(snapshot: &Shown) -> Json {
     let mut object = Object::default();
     object
         .set("id", snapshot.id.as_str())
@@ -118,10 +143,10 @@ pub(crate) fn run(args: &SnapshotArgs, console: Console) -> Result<u8, Failure> 
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
     let source = opening.open(name, console)?;
-    let _ = source;
+    let layer = source.opened.layers.first();
     match operation {
         Operation::List => {
-            let snapshots: Vec<Snapshot> = Vec::new();
+            let snapshots = layer.map_or(Ok(Vec::new()), list)?;
             if !snapshots.is_empty() {
                 stdout::print(&table(&snapshots))?;
             }
@@ -143,7 +168,7 @@ mod tests {
 
     #[test]
     fn the_table_has_qemu_imgs_columns() {
-        let snapshot = Snapshot {
+        let snapshot = Shown {
             id: "1".to_owned(),
             name: "one".to_owned(),
             vm_state_size: 0,

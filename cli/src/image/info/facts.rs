@@ -4,7 +4,7 @@
 use super::name::by_kind;
 use crate::failure::Failure;
 use crate::image::json::{Json, Object};
-use crate::image::snapshot::Snapshot;
+use crate::image::snapshot::{self, Shown};
 use crate::image::source::{beside, shown};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -29,7 +29,7 @@ pub(super) struct Facts {
     /// Whether its last writer did not finish, for formats that can tell.
     pub(super) is_dirty: Option<bool>,
     pub(super) backing: Option<BackingFacts>,
-    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) snapshots: Vec<Shown>,
     pub(super) specific: Option<Object>,
     pub(super) children: Vec<Child>,
 }
@@ -72,7 +72,7 @@ impl Facts {
             is_encrypted: layer.format == Format::Luks,
             is_dirty: Some(false),
             backing: None,
-            snapshots: Vec::new(),
+            snapshots: snapshot::list(layer)?,
             specific: None,
             children: vec![file],
         };
@@ -108,9 +108,13 @@ impl Facts {
             )
             .set("refcount-bits", 1_u32 << header.refcount_order);
         if is_v3 {
-            data.set("lazy-refcounts", header.compatible_features & 1 != 0)
+            data.set("lazy-refcounts", header.has_lazy_refcounts())
+                .set_some("data-file", header.data_file.as_deref())
                 .set("corrupt", header.is_marked_corrupt())
-                .set("extended-l2", header.incompatible_features & 16 != 0);
+                .set("extended-l2", header.has_extended_l2());
+        }
+        if header.has_data_file() {
+            data.set("data-file-raw", header.is_data_file_raw());
         }
         self.specific = Some(data);
         Ok(())
