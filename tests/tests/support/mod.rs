@@ -40,6 +40,11 @@ fn named(variable: &str) -> Option<PathBuf> {
     Some(path)
 }
 
+/// The program that was built.
+pub(crate) fn program() -> Option<PathBuf> {
+    named("TRANSHIP_BIN")
+}
+
 /// Folder of the Debian guest: `guest.ova`, `guest.raw`, `vmx/`, `split/`, `flat/`.
 pub(crate) fn guest() -> Option<PathBuf> {
     named("TRANSHIP_TEST_FIXTURES")
@@ -113,7 +118,7 @@ pub(crate) struct Place {
 impl Place {
     /// A new place with an empty `out` folder, if the program has been built.
     pub(crate) fn new() -> Option<Self> {
-        let program = named("TRANSHIP_BIN")?;
+        let program = program()?;
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("out")).unwrap();
         fs::create_dir(folder.path().join("tmp")).unwrap();
