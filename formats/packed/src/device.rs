@@ -10,7 +10,7 @@ use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Zeroi
 /// Bytes of a large piece that the cursor hands out at a time.
 const PART: u64 = 1 << 20;
 /// Pieces that one question for an extent looks at.
-const MAX_JOINED: usize = 65_536;
+const MAX_JOINED: usize = 4096;
 
 /// A raw disk inside a compressed file.
 #[derive(Debug)]
