@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opening: only what can be a disk, and without waiting for anybody.
 
+use crate::lock::ImageLock;
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tranship_block::{Error, Result};
 
@@ -24,6 +26,8 @@ pub struct RawFile {
     pub(crate) access: Access,
     pub(crate) is_block_device: bool,
     pub(crate) size: AtomicU64,
+    /// The image locks that are held.
+    pub(crate) lock: Mutex<Option<ImageLock>>,
 }
 
 impl RawFile {
@@ -93,7 +97,14 @@ impl RawFile {
                 .in_file(&path));
             }
         };
-        Ok(Self { file, path, access, is_block_device, size: AtomicU64::new(size) })
+        Ok(Self {
+            file,
+            path,
+            access,
+            is_block_device,
+            size: AtomicU64::new(size),
+            lock: Mutex::new(None),
+        })
     }
 
     /// The name that errors use for the file.

@@ -4,10 +4,12 @@
 //! [`RawFile`] is both a disk of its own and what the image formats keep their clusters
 //! in. It never opens anything but a regular file or a block device, and opening never
 //! waits for a peer, so that a FIFO in the place of a disk is an error instead of a hang.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
 mod device;
 mod file;
+mod lock;
 
 pub use file::{Access, RawFile};
+pub use lock::{ImageLock, LockConflict, Permission};

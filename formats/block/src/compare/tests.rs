@@ -74,11 +74,11 @@ fn a_cancelled_comparison_ends() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
     fn the_first_difference_is_found(
-        pages in prop::collection::vec(0u8..3, 1..700),
-        changes in prop::collection::vec((0usize..700 * 4096, 0u8..3), 0..4),
+        pages in prop::collection::vec(0u8..3, 1..300),
+        changes in prop::collection::vec((0usize..300 * 4096, 0u8..3), 0..4),
         sizes in (0usize..4096, 0usize..4096),
         threads in 1usize..4,
     ) {
