@@ -97,8 +97,17 @@ impl Journal {
 }
 
 impl Vhdx {
-    /// Before the first change: both GUIDs that tell others that there are some.
+    /// Before the first change of what the guest sees: both GUIDs that tell others.
     pub(crate) fn start_writing(&self, at: u64) -> Result<()> {
+        self.prepare(at, true)
+    }
+
+    /// Before blocks move: children may go on to rely on what the guest sees.
+    pub(crate) fn start_moving(&self) -> Result<()> {
+        self.prepare(0, false)
+    }
+
+    fn prepare(&self, at: u64, changes_data: bool) -> Result<()> {
         let storage = self.writable(at)?;
         self.check_alive()?;
         if self.prepared.load(Ordering::Acquire) {
@@ -111,7 +120,9 @@ impl Vhdx {
                 .headers
                 .update(storage, |header| {
                     header.file_write = file_write;
-                    header.data_write = data_write;
+                    if changes_data {
+                        header.data_write = data_write;
+                    }
                 })
                 .inspect_err(|_| self.failed.store(true, Ordering::Release))?;
             self.prepared.store(true, Ordering::Release);
@@ -179,6 +190,11 @@ impl Vhdx {
             return;
         }
         let _nobody = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
+        self.release_unused(storage, freed);
+    }
+
+    /// The same for a caller that holds `in_use` alone.
+    pub(crate) fn release_unused(&self, storage: &dyn Storage, freed: Vec<Span>) {
         let mut table = self.lock();
         for span in freed {
             let end = span.end().min(storage.size());

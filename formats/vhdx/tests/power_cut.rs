@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Whenever the power goes, the image stays valid and keeps what was flushed.
+#![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
+
+mod support;
+
+use std::sync::Arc;
+use support::{MIB, bytes_of, child_options, in_memory, open, open_read_only, options, parent};
+use tranship_block::{BlockDevice, MemoryDevice, Repair, Storage, Zeroing};
+use tranship_format_testing::{Op, PowerCut, apply, pattern};
+use tranship_vhdx::{CreateOptions, Parent, Shrink, check, compact};
+
+/// Opens what is left of the disk; every guest byte is from the last promise or from one
+/// of the states that followed.
+fn inspect(disk: Vec<u8>, parent: Option<&Parent>, promised: &[u8], states: &[Vec<u8>]) {
+    let report = check(&MemoryDevice::read_only(disk.clone()), Repair::Nothing).unwrap();
+    assert_eq!(report.corruptions, 0, "{:?}", report.details);
+    let found = bytes_of(&open_read_only(disk, parent).unwrap());
+    if found == promised {
+        return;
+    }
+    assert_eq!(found.len(), promised.len());
+    for start in (0..found.len()).step_by(4096) {
+        let page = start..(start + 4096).min(found.len());
+        if found[page.clone()] == promised[page.clone()] {
+            continue;
+        }
+        for at in page.filter(|at| found[*at] != promised[*at]) {
+            let known = states.iter().any(|state| found[at] == state[at]);
+            assert!(known, "byte {at:#x} is {}, promised {}", found[at], promised[at]);
+        }
+    }
+}
+
+fn run(options: &CreateOptions, base: Option<Vec<u8>>, seed: u64) {
+    let size = options.size;
+    let parent = base.map(parent);
+    let recorder = Arc::new(PowerCut::new(in_memory(options).snapshot()));
+    let storage: Arc<dyn Storage> = recorder.clone();
+    let mut image = open(&storage, parent.as_ref());
+    let mut model = bytes_of(&image);
+    let first = model.clone();
+    let mut states = vec![model.clone()];
+    let mut random = seed;
+    let mut next = |limit: u64| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (random >> 33) % limit
+    };
+    for step in 0..14 {
+        let whole = next(2) == 0;
+        let at = if whole { next(size) / MIB * MIB } else { next(size) };
+        let len = if whole { MIB } else { next(MIB / 4) + 1 }.min(size - at);
+        let op = match step % 7 {
+            2 => Op::Discard(at / MIB * MIB, MIB),
+            4 => Op::Zero(at, len, Zeroing::MayUnmap),
+            3 | 6 => Op::Flush,
+            _ => Op::Write(at, len as usize, step),
+        };
+        apply(&image, &mut model, &op);
+        states.push(model.clone());
+        if matches!(op, Op::Flush) {
+            recorder.promise(&model);
+        }
+        if step == 9 {
+            drop(image);
+            image = open(&storage, parent.as_ref());
+        }
+    }
+    drop(image);
+    recorder.promise(&model);
+    recorder.replay(&first, seed, |disk, promised| {
+        inspect(disk, parent.as_ref(), promised, &states);
+    });
+}
+
+#[test]
+fn a_dynamic_image_survives_every_cut() {
+    run(&options(3 * MIB + 40_960), None, 1);
+}
+
+#[test]
+fn a_differencing_image_survives_every_cut() {
+    run(&child_options(3 * MIB), Some(pattern(2_500_000, 8)), 2);
+}
+
+#[test]
+fn compacting_survives_every_cut() {
+    let storage: Arc<dyn Storage> = in_memory(&options(6 * MIB));
+    let image = open(&storage, None);
+    image.write_at(&pattern(6 << 20, 1), 0).unwrap();
+    image.write_at(&vec![0; 1 << 20], MIB).unwrap();
+    image.discard(tranship_block::Span::new(3 * MIB, MIB)).unwrap();
+    let model = bytes_of(&image);
+    drop(image);
+    let recorder = Arc::new(PowerCut::new(bytes_of(&*storage)));
+    let compacted = compact(&(recorder.clone() as Arc<dyn Storage>)).unwrap();
+    assert_eq!(compacted.before - compacted.after, 2 * MIB);
+    recorder.replay(&model, 3, |disk, promised| inspect(disk, None, promised, &[]));
+}
+
+#[test]
+fn resizing_survives_every_cut() {
+    let storage: Arc<dyn Storage> = in_memory(&options(2 * MIB + 4096));
+    let image = open(&storage, None);
+    image.write_at(&pattern(2 << 20, 1), 4096).unwrap();
+    drop(image);
+    let recorder = Arc::new(PowerCut::new(bytes_of(&*storage)));
+    let image = open(&(recorder.clone() as Arc<dyn Storage>), None);
+    let old = bytes_of(&image);
+    // More entries than the BAT has room for: it has to move.
+    let new_size = 140_000 * MIB;
+    image.resize(new_size, Shrink::KeepData).unwrap();
+    drop(image);
+    let mut sizes = std::collections::BTreeSet::new();
+    recorder.replay(&old, 4, |disk, _| {
+        let report = check(&MemoryDevice::read_only(disk.clone()), Repair::Nothing).unwrap();
+        assert_eq!(report.corruptions, 0, "{:?}", report.details);
+        let image = open_read_only(disk, None).unwrap();
+        let mut found = vec![0; 3 << 20];
+        let len = image.size().min(3 << 20) as usize;
+        image.read_at(&mut found[..len], 0).unwrap();
+        assert!(found[..old.len()] == old && found[old.len()..].iter().all(|byte| *byte == 0));
+        sizes.insert(image.size());
+    });
+    assert_eq!(sizes.into_iter().collect::<Vec<_>>(), [2 * MIB + 4096, new_size]);
+}
