@@ -2,6 +2,7 @@
 //! `image create`: a new, empty image.
 
 mod build;
+mod others;
 
 use super::console::Console;
 use super::options::{self, Options, Value};
@@ -219,6 +220,11 @@ impl Plan {
     /// What is said before anything happens.
     pub(crate) fn announcement(&self, name: &str) -> String {
         format!("Formatting '{name}', fmt={} {}\n", self.format, self.options.shown())
+    }
+
+    /// What is to be made.
+    pub(crate) fn what(&self, console: Console) -> Result<tranship_formats::Create, Failure> {
+        build::build(self.format, &self.options, &self.spec, console)
     }
 
     /// Makes the image.

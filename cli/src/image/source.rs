@@ -93,6 +93,7 @@ impl<'a> Opening<'a> {
             allowed: self.naming.allow_path.clone(),
             guess_backing: true,
             without_backing: self.alone,
+            salvage: self.salvage,
             secrets: secrets::parse(&self.naming.object)?,
         };
         if self.writable && self.force_share {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From options to what the formats make images of.
 
+use super::others;
 use crate::failure::Failure;
 use crate::image::console::Console;
 use crate::image::options::Options;
@@ -8,7 +9,7 @@ use crate::image::source;
 use std::path::Path;
 use std::sync::Arc;
 use tranship_block::Storage;
-use tranship_formats::{Create, Format, Spec};
+use tranship_formats::{Create, Format, RawPreallocation, Spec};
 use tranship_qcow2::{Backing, Compression, DataFile, Preallocation};
 use tranship_raw::{Access, RawFile};
 
@@ -24,10 +25,13 @@ pub(super) fn build(
         console.warn("extent_size_hint is left to the filesystem");
     }
     match format {
-        Format::Raw => Ok(Create::Raw { size, reserve: reserves(options)? }),
+        Format::Raw => Ok(Create::Raw { size, preallocation: reserved(options)? }),
         Format::Qcow2 => {
             qcow2(size, options, spec.path().unwrap_or(Path::new(""))).map(Create::Qcow2)
         }
+        Format::Vpc => others::vpc(size, options).map(Create::Vpc),
+        Format::Vhdx => others::vhdx(size, options).map(Create::Vhdx),
+        Format::Vmdk => others::vmdk(size, options, spec).map(Create::Vmdk),
         other => Err(Failure::usage(format!("images of format {other} cannot be made"))),
     }
 }
@@ -37,11 +41,12 @@ pub(crate) fn preallocation(mode: &str) -> bool {
     matches!(mode, "off" | "metadata" | "falloc" | "full")
 }
 
-/// Whether space is reserved for all of a disk.
-fn reserves(options: &Options) -> Result<bool, Failure> {
+/// What is reserved for a raw disk.
+fn reserved(options: &Options) -> Result<RawPreallocation, Failure> {
     match options.text("preallocation") {
-        None | Some("off") => Ok(false),
-        Some("falloc" | "full") => Ok(true),
+        None | Some("off") => Ok(RawPreallocation::Off),
+        Some("falloc") => Ok(RawPreallocation::Falloc),
+        Some("full") => Ok(RawPreallocation::Full),
         Some("metadata") => Err(Failure::usage("Unsupported preallocation mode: metadata")),
         Some(other) => Err(Failure::usage(format!("invalid parameter value: {other}"))),
     }
@@ -190,7 +195,7 @@ pub(crate) fn qcow2_preallocation(options: &Options) -> Result<Preallocation, Fa
 /// Makes the file that the new image keeps its data in.
 fn data_file(image: &Path, name: &str, size: u64) -> Result<Arc<dyn Storage>, Failure> {
     let path = source::beside(image, name);
-    let raw = Create::Raw { size: size.next_multiple_of(512), reserve: false };
+    let raw = Create::Raw { size: size.next_multiple_of(512), preallocation: RawPreallocation::Off };
     tranship_formats::create(&Spec::from_path(&path), &raw)?;
     Ok(Arc::new(RawFile::open(&path, Access::ReadWrite)?))
 }
