@@ -79,6 +79,12 @@ impl<'a> Editor<'a> {
             return Ok(self.geometry().offset(run.first));
         }
         self.refcounts.release(self.storage, run)?;
+        self.append(count)
+    }
+
+    /// Takes `count` neighbouring clusters after the end of the file, where nothing has ever
+    /// been, and returns their offset.
+    pub(crate) fn append(&mut self, count: u64) -> Result<u64> {
         let from = self.refcounts.end.max(self.geometry().clusters_for(self.storage.size()));
         let run = self.refcounts.append(self.storage, from, count, &mut self.frees)?;
         Ok(self.geometry().offset(run.first))
@@ -107,6 +113,10 @@ impl<'a> Editor<'a> {
 
     pub(crate) fn count(&mut self, cluster: u64) -> Result<u64> {
         self.refcounts.get(self.storage, cluster)
+    }
+
+    pub(crate) fn set_count(&mut self, cluster: u64, count: u64) -> Result<()> {
+        self.refcounts.set(self.storage, cluster, count)
     }
 
     /// Makes the file long enough for every cluster that was taken.
@@ -255,7 +265,21 @@ impl<'a> Editor<'a> {
 
     /// Takes one reference away from everything that `l1` maps, at once.
     pub(crate) fn lower(&mut self, l1: &[u64]) -> Result<()> {
-        // The tables have to be read before their clusters are given back.
+        let runs = self.runs(l1)?;
+        self.release_all(runs)
+    }
+
+    /// Takes one reference away from each run, at once.
+    pub(crate) fn release_all(&mut self, runs: Vec<Run>) -> Result<()> {
+        for run in runs {
+            self.release(run)?;
+        }
+        self.write_blocks()?;
+        self.storage.flush()
+    }
+
+    /// Everything that `l1` maps: the tables have to be read before their clusters go.
+    pub(crate) fn runs(&mut self, l1: &[u64]) -> Result<Vec<Run>> {
         let mut runs: Vec<Run> = Vec::new();
         self.each_run(l1, |_, run| {
             match runs.last_mut() {
@@ -266,11 +290,7 @@ impl<'a> Editor<'a> {
             }
             Ok(())
         })?;
-        for run in runs {
-            self.release(run)?;
-        }
-        self.write_blocks()?;
-        self.storage.flush()
+        Ok(runs)
     }
 
     /// Clears COPIED in `l1` and, on disk, in all L2 tables that it refers to.

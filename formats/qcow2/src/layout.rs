@@ -24,22 +24,6 @@ pub(crate) enum What {
     BitmapTable,
 }
 
-impl What {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Header => "header",
-            Self::EncryptionHeader => "encryption header",
-            Self::ActiveL1 => "L1 table",
-            Self::SnapshotL1 => "L1 table of a snapshot",
-            Self::SnapshotTable => "snapshot table",
-            Self::RefcountTable => "refcount table",
-            Self::RefcountBlock => "refcount block",
-            Self::BitmapDirectory => "bitmap directory",
-            Self::BitmapTable => "bitmap table",
-        }
-    }
-}
-
 /// Neighbouring clusters with metadata.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Piece {

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod amend;
 mod bitmaps;
 mod bulk;
 mod cache;
@@ -29,18 +30,21 @@ mod geometry;
 mod header;
 mod image;
 mod layout;
+mod measure;
 mod metadata;
 mod packed;
 mod payload;
 mod read;
 mod refcounts;
 mod repair;
+mod resize;
 mod shape;
 mod snapshots;
 mod write;
 mod writeback;
 mod zero;
 
+pub use amend::{Amendments, amend, change_backing};
 pub use bitmaps::{
     Bitmap, BitmapContent, add_bitmap, bitmaps, clear_bitmap, disable_bitmap, enable_bitmap,
     merge_bitmap, remove_bitmap,
@@ -49,8 +53,10 @@ pub use check::{check, check_read_only};
 pub use create::{CreateOptions, DataFile, Preallocation, create, create_for_writing, create_over};
 pub use header::{Backing, Compression, Encryption, Header, MAGIC};
 pub use image::{OpenOptions, Qcow2};
+pub use measure::{MeasureOptions, Measured, measure, measure_bitmaps};
 pub use packed::{PackedQcow2, create_packed};
 pub use repair::{rebuild_refcounts, repair_leaks};
+pub use resize::{ResizeOptions, resize};
 pub use snapshots::{
     Snapshot, apply_snapshot, create_snapshot, delete_snapshot, snapshot_view, snapshots,
 };

@@ -7,7 +7,7 @@
 
 use crate::check::{self, Found, references::PAGE, references::References};
 use crate::first_cluster::{FirstCluster, field};
-use crate::geometry::{to_u64, to_usize};
+use crate::geometry::{Geometry, to_u64, to_usize};
 use crate::header::{CORRUPT, DIRTY, Header, LARGEST_REFCOUNT_TABLE};
 use crate::layout;
 use crate::refcounts::{count_at, set_count, to_bytes};
@@ -65,7 +65,7 @@ pub(crate) fn repair(storage: &dyn Storage, found: Found, level: Repair) -> Resu
     let may_lower = !found.is_incomplete && found.blocks_are_sound;
     if level == Repair::Leaks {
         if may_lower && found.report.leaks > 0 {
-            adjust(storage, &found, |count, references| count.min(references))?;
+            adjust(storage, &found, u64::min)?;
             // What has just become the only reference may say so, if nothing else is wrong.
             if found.report.corruptions == 0 {
                 mend_flags(storage, &found.header)?;
@@ -146,14 +146,26 @@ fn adjust(storage: &dyn Storage, found: &Found, choose: impl Fn(u64, u64) -> u64
 
 /// Writes all counts anew at the end of the file, with a new table.
 fn rebuild(storage: &dyn Storage, found: &Found) -> Result<()> {
-    let header = &found.header;
-    let geometry = header.geometry();
-    let (per_block, order) = (geometry.per_block(), geometry.refcount_order);
-    let mut references = check::contents(storage, header)?;
-    let file_end = geometry.clusters_for(storage.size());
+    let mut references = check::contents(storage, &found.header)?;
     if found.is_incomplete {
         keep_counts(storage, found, &mut references)?;
     }
+    recount(storage, &found.header, references, found.header.refcount_order)
+}
+
+/// Writes `references`, which must not contain the structures that hold counts, at the end
+/// of the file as counts of the width `order`; the header refers to them afterwards.
+///
+/// A count that is too narrow stays wrong, and is found by the next check.
+pub(crate) fn recount(
+    storage: &dyn Storage,
+    header: &Header,
+    mut references: References,
+    order: u32,
+) -> Result<()> {
+    let geometry = Geometry { refcount_order: order, ..header.geometry() };
+    let per_block = geometry.per_block();
+    let file_end = geometry.clusters_for(storage.size());
     let start = references.last().saturating_add(1).max(file_end);
     let mut blocks = BTreeSet::new();
     for page in references.pages() {
@@ -190,7 +202,6 @@ fn rebuild(storage: &dyn Storage, found: &Found) -> Result<()> {
         block.fill(0);
         for index in 0..per_block {
             let cluster = number.saturating_mul(per_block).saturating_add(index);
-            // A count that is too narrow stays wrong, and is reported.
             let count = references.get(cluster).min(geometry.refcount_max());
             if count > 0 {
                 set_count(&mut block, index, order, count);
@@ -208,6 +219,9 @@ fn rebuild(storage: &dyn Storage, found: &Found) -> Result<()> {
     first.set_u64(field::REFCOUNT_TABLE_OFFSET, table_offset);
     let clusters = u32::try_from(table_len).unwrap_or(u32::MAX);
     first.set_u32(field::REFCOUNT_TABLE_CLUSTERS, clusters);
+    if header.version >= 3 {
+        first.set_u32(field::REFCOUNT_ORDER, order);
+    }
     first.write(storage)
 }
 

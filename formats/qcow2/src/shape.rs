@@ -46,7 +46,7 @@ impl Shape {
 
     /// Guest clusters that one L2 table maps.
     pub(crate) fn entries(self) -> u64 {
-        self.geometry.cluster() / if self.is_extended { 16 } else { 8 }
+        if self.is_extended { self.geometry.cluster() / 16 } else { self.geometry.cluster() / 8 }
     }
 
     /// L1 entries that a disk of `size` bytes needs.
@@ -132,7 +132,7 @@ pub(crate) fn read_sparse(file: &dyn BlockDevice, offset: u64, entries: u64) -> 
         let extent = file.extent_at(at)?;
         if extent.kind.reads_zero() {
             // Whole entries only: extents know nothing of them.
-            len = extent.len.min(end.saturating_sub(at)) / 8 * 8;
+            len = extent.len.min(end.saturating_sub(at)) & !7;
             if len > 0 {
                 let zeroes = crate::geometry::to_usize(len / 8)?;
                 table.resize(table.len().saturating_add(zeroes), 0);

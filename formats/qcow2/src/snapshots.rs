@@ -71,7 +71,7 @@ impl Snapshot {
         .iter()
         .skip(old / 8)
         {
-            more.truncate(more.len() / 8 * 8);
+            more.truncate(more.len() & !7);
             more.extend(value.to_be_bytes());
         }
         let narrow = |len: usize| u32::try_from(len).unwrap_or(u32::MAX);

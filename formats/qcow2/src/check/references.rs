@@ -68,6 +68,12 @@ impl References {
         pages
     }
 
+    /// The highest number of references that a cluster has.
+    pub(crate) fn most(&self) -> u64 {
+        let few = self.pages.values().flatten().copied().max().unwrap_or(0);
+        self.frequent.values().copied().max().unwrap_or(0).max(u64::from(few))
+    }
+
     /// The last cluster that is referenced.
     pub(crate) fn last(&self) -> u64 {
         let Some(first) = self.pages().last().copied() else { return 0 };

@@ -90,7 +90,7 @@ impl<'a> Walk<'a> {
         self.count("L1 table", header.l1_table_offset, entries.saturating_mul(8), 1)?;
         let mut l2 = BTreeMap::new();
         let active = Place { l1_table_offset: header.l1_table_offset, l1_size: header.l1_size };
-        self.l1(active, true, &mut l2)?;
+        self.l1(active, true, &mut l2);
         self.snapshots(header, &mut l2)?;
         for (offset, times) in l2 {
             self.l2(offset, times)?;
@@ -125,7 +125,7 @@ impl<'a> Walk<'a> {
             }
             free_from = free_from.max(offset.saturating_add(bytes));
             if self.count("L1 table of a snapshot", offset, bytes, 1)? {
-                self.l1(place, false, l2)?;
+                self.l1(place, false, l2);
             }
         }
         Ok(())
@@ -133,13 +133,13 @@ impl<'a> Walk<'a> {
 
     /// Counts how often each L2 table is referenced: a table that many entries share is
     /// read once, so that a small image cannot keep the check busy for days.
-    fn l1(&mut self, place: Place, is_active: bool, l2: &mut BTreeMap<u64, Times>) -> Result<()> {
+    fn l1(&mut self, place: Place, is_active: bool, l2: &mut BTreeMap<u64, Times>) {
         let geometry = self.shape.geometry;
         let entries = match read_sparse(self.file, place.l1_table_offset, place.l1_size.into()) {
             Ok(entries) => entries,
             Err(error) => {
                 self.lost(|| format!("L1 table cannot be read: {error}"));
-                return Ok(());
+                return;
             }
         };
         for (index, entry) in entries.iter().enumerate() {
@@ -155,7 +155,6 @@ impl<'a> Walk<'a> {
                 Err(error) => self.lost(|| error.to_string()),
             }
         }
-        Ok(())
     }
 
     fn l2(&mut self, offset: u64, times: Times) -> Result<()> {
