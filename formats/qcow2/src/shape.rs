@@ -149,6 +149,23 @@ pub(crate) fn read_sparse(file: &dyn BlockDevice, offset: u64, entries: u64) -> 
     Ok(table)
 }
 
+/// Reads a large table in pieces, and hands its entries out one after the other.
+pub(crate) fn each_entry(
+    file: &dyn BlockDevice,
+    offset: u64,
+    entries: u64,
+    mut take: impl FnMut(u64) -> Result<()>,
+) -> Result<()> {
+    let mut done = 0;
+    while done < entries {
+        let now = entries.saturating_sub(done).min(PIECE);
+        let at = offset.saturating_add(done.saturating_mul(8));
+        read_sparse(file, at, now)?.into_iter().try_for_each(&mut take)?;
+        done = done.saturating_add(now);
+    }
+    Ok(())
+}
+
 /// Where the header extension for LUKS says that its header lies.
 pub(crate) fn crypto_header(first: &FirstCluster) -> Option<(u64, u64)> {
     let content = first.extension(0x0537_be77)?;

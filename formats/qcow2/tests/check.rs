@@ -30,14 +30,18 @@ fn by_qemu(path: &Path) -> CheckReport {
         .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
     let field = |name: &str| json[name].as_u64().unwrap_or(0);
     let mut report = CheckReport::default();
-    report.corruptions = field("corruptions");
-    report.leaks = field("leaks");
-    report.check_errors = field("check-errors");
-    report.total_clusters = field("total-clusters");
-    report.allocated_clusters = field("allocated-clusters");
-    report.fragmented_clusters = field("fragmented-clusters");
-    report.compressed_clusters = field("compressed-clusters");
-    report.image_end_offset = field("image-end-offset");
+    for (slot, name) in [
+        (&mut report.corruptions, "corruptions"),
+        (&mut report.leaks, "leaks"),
+        (&mut report.check_errors, "check-errors"),
+        (&mut report.total_clusters, "total-clusters"),
+        (&mut report.allocated_clusters, "allocated-clusters"),
+        (&mut report.fragmented_clusters, "fragmented-clusters"),
+        (&mut report.compressed_clusters, "compressed-clusters"),
+        (&mut report.image_end_offset, "image-end-offset"),
+    ] {
+        *slot = field(name);
+    }
     report
 }
 
@@ -136,6 +140,9 @@ fn tables(file: &RawFile) -> [u64; 4] {
     [l1, at(l1), table, at(table)]
 }
 
+/// Does something bad to a file whose tables lie there.
+type Damage = Box<dyn Fn(&RawFile, [u64; 4])>;
+
 #[test]
 fn broken_images_are_counted_alike_and_clean_after_a_repair() {
     if !has_tool("qemu-img") {
@@ -143,7 +150,6 @@ fn broken_images_are_counted_alike_and_clean_after_a_repair() {
     }
     let folder = tempfile::tempdir().unwrap();
     let copied = 1_u64 << 63;
-    type Damage = Box<dyn Fn(&RawFile, [u64; 4])>;
     let put = |place: fn([u64; 4]) -> u64, bytes: Vec<u8>| -> Damage {
         Box::new(move |file, tables| file.write_at(&bytes, place(tables)).unwrap())
     };

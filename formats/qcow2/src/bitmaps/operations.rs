@@ -11,7 +11,7 @@ use crate::editor::Editor;
 use crate::first_cluster::field;
 use crate::geometry::to_u64;
 use crate::refcounts::to_bytes;
-use crate::shape::read_sparse;
+use crate::shape::each_entry;
 use tranship_block::{Error, ErrorKind, Result, Storage};
 
 /// Adds an enabled, empty bitmap of `granularity` bytes a bit (a power of two from 512 to
@@ -181,9 +181,10 @@ fn store(editor: &mut Editor<'_>, entry: &mut Entry, content: &BitmapContent) ->
 /// Gives back what an entry has, when the change is in force.
 fn free(editor: &mut Editor<'_>, entry: &Entry) -> Result<()> {
     let entries = u64::from(entry.table_size);
-    for word in read_sparse(editor.storage, entry.table_offset, entries)? {
+    each_entry(editor.storage, entry.table_offset, entries, |word| {
         editor.free(word & ENTRY_OFFSET, 1);
-    }
+        Ok(())
+    })?;
     editor.free(entry.table_offset, entries.saturating_mul(8));
     Ok(())
 }

@@ -19,6 +19,9 @@ use tranship_block::{Error, Result, Span, Storage};
 /// Autoclear bit 1: the data file alone is a raw disk of the same contents.
 pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
 
+/// Bytes of bits that are kept in memory; further bitmaps are lost.
+const MOST_BYTES: u64 = 512 << 20;
+
 /// An enabled bitmap of an image that is being written.
 #[derive(Debug)]
 struct Tracked {
@@ -68,8 +71,13 @@ impl Qcow2 {
         };
         let mut tracked = Vec::new();
         let is_tracked = |entry: &Entry| entry.flags & (AUTO | IN_USE) == AUTO;
+        let mut left = MOST_BYTES;
         for entry in directory.entries.iter_mut().filter(|entry| is_tracked(entry)) {
-            if let Ok((content, table)) = BitmapContent::load(storage, &self.header, entry) {
+            let bytes = u64::from(entry.table_size).saturating_mul(self.geometry.cluster());
+            if let Some(rest) = left.checked_sub(bytes)
+                && let Ok((content, table)) = BitmapContent::load(storage, &self.header, entry)
+            {
+                left = rest;
                 tracked.push(Tracked { name: entry.name.clone(), content, table });
             }
             entry.flags |= IN_USE;

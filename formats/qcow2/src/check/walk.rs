@@ -6,7 +6,7 @@ use crate::bitmaps::directory::{Directory, ENTRY_OFFSET};
 use crate::first_cluster::FirstCluster;
 use crate::geometry::to_u64;
 use crate::header::Header;
-use crate::shape::{Reference, Shape, crypto_header, read_sparse};
+use crate::shape::{Reference, Shape, crypto_header, each_entry, read_sparse};
 use crate::snapshots::{self, Place};
 use std::collections::{BTreeMap, BTreeSet};
 use tranship_block::{BlockDevice, CheckReport, Result};
@@ -225,18 +225,16 @@ impl<'a> Walk<'a> {
                 return Ok(());
             }
             left = left.saturating_sub(bytes);
+            let is_whole = entry.table_offset.saturating_add(bytes) <= self.file.size();
             if !self.count("bitmap table", entry.table_offset, bytes, 1)? || bytes == 0 {
                 continue;
             }
-            let table =
-                match read_sparse(self.file, entry.table_offset, u64::from(entry.table_size)) {
-                    Ok(table) => table,
-                    Err(error) => {
-                        self.lost(|| format!("bitmap table cannot be read: {error}"));
-                        continue;
-                    }
-                };
-            for word in table {
+            if !is_whole {
+                self.lost(|| format!("table of bitmap {:?} ends past the file", entry.name));
+                continue;
+            }
+            let (file, entries) = (self.file, u64::from(entry.table_size));
+            each_entry(file, entry.table_offset, entries, |word| {
                 let offset = word & ENTRY_OFFSET;
                 let is_flag = offset == 0 && word <= 1;
                 if !is_flag && (word != offset || geometry.within(offset) != 0) {
@@ -244,7 +242,8 @@ impl<'a> Walk<'a> {
                 } else if offset != 0 {
                     self.count("cluster of a bitmap", offset, geometry.cluster(), 1)?;
                 }
-            }
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -4,7 +4,8 @@
 use super::{Snapshot, find, l1_entries, list};
 use crate::editor::Editor;
 use crate::first_cluster::field;
-use crate::header::{DATA_FILE, MOST_SNAPSHOTS};
+use crate::geometry::to_usize;
+use crate::header::{DATA_FILE, LARGEST_L1, MOST_SNAPSHOTS};
 use crate::refcounts::to_bytes;
 use crate::repair::mend_flags;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -76,13 +77,13 @@ pub fn apply_snapshot(storage: &dyn Storage, wanted: &str) -> Result<()> {
     let snapshot = find(&snapshots, wanted).ok_or_else(|| no_snapshot(wanted))?;
     let size = snapshot.disk_size.unwrap_or(editor.header.size);
     let mut new = l1_entries(storage, snapshot.place())?;
-    let needed = crate::geometry::to_usize(editor.shape().l1_entries(size))?;
-    if new.len() < needed {
-        new.resize(needed, 0);
+    let needed = editor.shape().l1_entries(size);
+    if needed.saturating_mul(8) > LARGEST_L1 {
+        return Err(Error::corrupt(format!(
+            "disk size of the snapshot is {size}, more than the largest L1 table maps"
+        )));
     }
-    if crate::geometry::to_u64(new.len()).saturating_mul(8) > crate::header::LARGEST_L1 {
-        return Err(Error::corrupt(format!("disk size {size} of the snapshot is past its limit")));
-    }
+    new.resize(new.len().max(to_usize(needed)?), 0);
     crate::bitmaps::forget(&mut editor, size)?;
     let old = editor.l1()?;
     editor.share(&mut new)?;
