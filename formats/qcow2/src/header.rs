@@ -365,29 +365,6 @@ impl Header {
         }
         Ok(())
     }
-
-    /// Refuses what this crate cannot read.
-    pub(crate) fn check_supported(&self) -> Result<()> {
-        if self.crypt_method != 0 {
-            let method = if self.crypt_method == 1 { "AES" } else { "LUKS" };
-            return Err(Error::unsupported(format!("image is encrypted with {method}")).at(32));
-        }
-        if self.incompatible_features & DATA_FILE != 0 {
-            return Err(Error::new(
-                ErrorKind::Denied,
-                format!(
-                    "the image keeps its data in another file, {:?}, which is not allowed",
-                    self.data_file.as_deref().unwrap_or("without a name")
-                ),
-            )
-            .at(72));
-        }
-        if self.incompatible_features & EXTENDED_L2 != 0 {
-            return Err(Error::unsupported("image has extended L2 entries (subclusters)").at(72));
-        }
-        Ok(())
-    }
-
     /// Whether its last writer died before its reference counts were written.
     pub fn is_dirty(&self) -> bool {
         self.incompatible_features & DIRTY != 0

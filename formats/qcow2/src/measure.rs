@@ -59,9 +59,10 @@ pub fn measure(
         cluster_bits: options.cluster_bits,
         refcount_order: options.refcount_bits.trailing_zeros(),
         version: 3,
+        extended: options.extended_l2,
+        external: false,
     };
-    let entries =
-        if options.extended_l2 { geometry.cluster() / 16 } else { geometry.cluster() / 8 };
+    let entries = geometry.entries();
     let data = geometry.clusters_for(size);
     let l2 = data.div_ceil(entries);
     if l2.saturating_mul(8) > crate::header::LARGEST_L1 {
@@ -115,8 +116,13 @@ fn stored_clusters(geometry: Geometry, source: &dyn BlockDevice) -> Result<u64> 
 /// Bytes that a copy of the bitmaps of a disk of `size` bytes takes: for each its
 /// granularity and the length of its name.
 pub fn measure_bitmaps(size: u64, cluster_bits: u32, bitmaps: &[crate::Bitmap]) -> u64 {
-    let geometry =
-        Geometry { cluster_bits: cluster_bits.clamp(9, 21), refcount_order: 4, version: 3 };
+    let geometry = Geometry {
+        cluster_bits: cluster_bits.clamp(9, 21),
+        refcount_order: 4,
+        version: 3,
+        extended: false,
+        external: false,
+    };
     let (mut clusters, mut directory) = (0_u64, 0_u64);
     for bitmap in bitmaps {
         let bits = size.div_ceil(bitmap.granularity.max(1));

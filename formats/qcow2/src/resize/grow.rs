@@ -84,19 +84,27 @@ fn blank_tail(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) ->
     };
     let open = OpenOptions { backing: Some(Arc::clone(&backing)), ..OpenOptions::default() };
     let image = Qcow2::open(Arc::clone(storage), open)?;
-    let (mapping, _) = image.lock().run(storage, geometry.index(size), 1)?;
-    let is_hidden = match mapping {
-        Mapping::Zero { .. } => true,
-        Mapping::Unallocated => backing.size() <= size,
-        Mapping::Data(host) if host.copied => {
-            let rest = geometry.cluster().saturating_sub(within);
-            let start = host.offset.saturating_add(within);
-            let there = rest.min(storage.size().saturating_sub(start));
-            storage.write_zeroes(Span::new(start, there), Zeroing::MayUnmap)?;
-            true
+    let unit = geometry.unit();
+    let end = geometry.index(size).saturating_add(1).saturating_mul(geometry.units_per_cluster());
+    let mut next = size.checked_div(unit).unwrap_or(0);
+    let mut is_hidden = true;
+    while next < end {
+        let (mapping, count) = image.lock().lookup(storage, next, end.saturating_sub(next))?;
+        let first = next.saturating_mul(unit);
+        let start = first.max(size);
+        next = next.saturating_add(count.max(1));
+        let len = next.saturating_mul(unit).saturating_sub(start);
+        match mapping {
+            Mapping::Zero { .. } => {}
+            Mapping::Unallocated => is_hidden &= backing.size() <= start,
+            Mapping::Data(host) if host.copied => {
+                let at = host.offset.saturating_add(start.saturating_sub(first));
+                let there = len.min(storage.size().saturating_sub(at));
+                storage.write_zeroes(Span::new(at, there), Zeroing::MayUnmap)?;
+            }
+            Mapping::Data(_) | Mapping::Compressed { .. } => is_hidden = false,
         }
-        Mapping::Data(_) | Mapping::Compressed { .. } => false,
-    };
+    }
     if !is_hidden {
         // A cluster that is copied is zero past the end of the disk.
         let last = size.saturating_sub(1);
