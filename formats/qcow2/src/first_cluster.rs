@@ -4,6 +4,7 @@
 //! Fields and extensions that this crate does not know are kept. A change is one write,
 //! so that a crash leaves the old header or the new one.
 
+use crate::extensions::FEATURE_NAMES;
 use crate::geometry::{to_u64, to_usize};
 use crate::header::Header;
 use tranship_block::{BigEndian, BlockDevice, Error, Result, Storage};
@@ -140,10 +141,17 @@ impl FirstCluster {
     }
 
     /// The bytes of the cluster up to the end of the last thing in it.
+    ///
+    /// Names of features are there for messages only: where there is no room for
+    /// everything, they go first.
     fn encode(&self) -> Result<Vec<u8>> {
+        self.encode_with(|_| true).or_else(|_| self.encode_with(|kind| kind != FEATURE_NAMES))
+    }
+
+    fn encode_with(&self, is_kept: impl Fn(u32) -> bool) -> Result<Vec<u8>> {
         let narrow = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
         let mut bytes = self.fields.clone();
-        for (kind, content) in &self.extensions {
+        for (kind, content) in self.extensions.iter().filter(|(kind, _)| is_kept(*kind)) {
             bytes.extend(kind.to_be_bytes());
             bytes.extend(narrow(content.len()));
             bytes.extend(content);
