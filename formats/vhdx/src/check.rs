@@ -13,8 +13,8 @@ use tranship_block::{BlockDevice, CheckReport, Error, Repair, Result, Span, Stor
 /// Checks the image in `storage`; [`Repair::Nothing`] writes nothing.
 ///
 /// Changes that wait in the log are no fault: they are taken into account, and put in
-/// place by [`Repair::All`], which also rewrites damaged headers and region tables from
-/// their copies. [`Repair::Leaks`] cuts off space behind the last structure of the file,
+/// place by every repair. [`Repair::All`] also rewrites damaged headers and region tables
+/// from their copies. [`Repair::Leaks`] cuts off space behind the last structure of the file,
 /// which is what an interrupted writer leaves; fixed disks keep theirs.
 ///
 /// # Errors
