@@ -64,6 +64,26 @@ impl Sparse {
             self.bitmaps.forget(*entry);
             space.give_back(Layout::bitmap_at(*entry), &self.layout);
         }
+        if !freed.is_empty() {
+            space.tidy(&self.layout);
+        }
+    }
+
+    /// Cuts off what blocks that were given up have left at the end of the file.
+    pub(crate) fn trim(&self, storage: &dyn Storage, footer: &Footer) -> Result<()> {
+        let mut space = self.space();
+        let end = space.end;
+        let is_shorter = space.footer_at.is_some_and(|footer| end < footer);
+        if !(space.has_shrunk && is_shorter) {
+            return Ok(());
+        }
+        // The new footer is written over free space, and the old one stays until then.
+        storage.write_at(&footer.to_bytes(), end)?;
+        storage.flush()?;
+        storage.set_len(end.saturating_add(SECTOR))?;
+        space.footer_at = Some(end);
+        space.has_shrunk = false;
+        Ok(())
     }
 
     /// Writes both copies of the footer again if one of them is damaged.

@@ -219,12 +219,12 @@ impl Vpc {
 impl Drop for Vpc {
     fn drop(&mut self) {
         // Errors have nobody to go to here: who needs to know calls flush first.
-        let is_changed = match &self.body {
-            Body::Fixed { .. } => false,
-            Body::Sparse(sparse) => sparse.is_changed(),
+        let (Body::Sparse(sparse), Some(storage)) = (&self.body, self.storage.as_deref()) else {
+            return;
         };
-        if is_changed {
-            let _ = self.flush();
+        if sparse.is_changed() && self.flush().is_err() {
+            return;
         }
+        let _ = sparse.trim(storage, &self.footer_ref());
     }
 }

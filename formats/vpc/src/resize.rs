@@ -58,8 +58,9 @@ impl Vpc {
                     change.shrink(self.size(), size, || self.adopt(new.clone()))?;
                 } else {
                     change.grow(self.size(), size)?;
-                    self.adopt(new);
+                    self.adopt(new.clone());
                 }
+                sparse.trim(storage, &new)?;
             }
         }
         Ok(())

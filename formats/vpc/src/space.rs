@@ -19,8 +19,12 @@ pub(crate) struct Space {
     pub(crate) freed: Vec<u32>,
     /// The byte after the last one in use.
     pub(crate) end: u64,
+    /// The byte after the last one of anything but blocks.
+    floor: u64,
     /// Where the footer at the end is; none if it is lost.
     pub(crate) footer_at: Option<u64>,
+    /// Whether blocks at the end were given up, so that the file can be shorter.
+    pub(crate) has_shrunk: bool,
 }
 
 /// A place for a block.
@@ -73,8 +77,13 @@ impl Space {
             }
             before = start.saturating_add(layout.slot());
         }
-        let end = occupied.end.next_multiple_of(SECTOR);
-        Self { free, freed: Vec::new(), end, footer_at }
+        Self {
+            free,
+            end: occupied.end.next_multiple_of(SECTOR),
+            floor: others.iter().map(Span::end).max().unwrap_or(0),
+            footer_at,
+            ..Self::default()
+        }
     }
 
     /// Chooses a place for a block. The caller makes the file reach to its end.
@@ -105,6 +114,7 @@ impl Space {
     pub(crate) fn keep_out(&mut self, region: Span) {
         self.free.retain(|span| !touches(*span, region));
         self.end = self.end.max(region.end());
+        self.floor = self.floor.max(region.end());
     }
 
     /// Whether a part of `span` may be given to a block.
@@ -115,6 +125,22 @@ impl Space {
     /// Gives a place back that no table and no reader knows any more.
     pub(crate) fn give_back(&mut self, start: u64, layout: &Layout) {
         self.free.push_back(Span::new(start, layout.slot()));
+    }
+
+    /// Brings free places in order, and forgets those at the end of the file.
+    pub(crate) fn tidy(&mut self, layout: &Layout) {
+        self.free.make_contiguous().sort_unstable_by_key(|span| span.start);
+        // What lies between aligned neighbours is too small for anything.
+        let padding = ALIGNMENT.min(layout.block);
+        while let Some(last) = self.free.back().copied() {
+            let gap = self.end.saturating_sub(last.end());
+            if last.start < self.floor || gap >= padding {
+                break;
+            }
+            self.free.pop_back();
+            self.end = last.start;
+            self.has_shrunk = true;
+        }
     }
 }
 
@@ -148,6 +174,22 @@ mod tests {
         // Unaligned, as QEMU places them, but of the right size.
         space.give_back(8 * 512, &LAYOUT);
         assert_eq!(space.take(&LAYOUT), Slot { start: 8 * 512, is_new: false });
+    }
+
+    #[test]
+    fn free_places_at_the_end_are_forgotten_down_to_the_last_block() {
+        let metadata = [(Span::new(0, 2048), "metadata")];
+        // Blocks at sectors 7, 23 and 39, with padding between them.
+        let blocks = vec![(7, 0), (23, 1), (39, 2)];
+        let occupied = Occupied { blocks, end: 48 * 512, faults: Vec::new() };
+        let mut space = Space::new(&occupied, &LAYOUT, &metadata, Some(48 * 512));
+        space.give_back(7 * 512, &LAYOUT);
+        space.give_back(39 * 512, &LAYOUT);
+        space.tidy(&LAYOUT);
+        assert_eq!((space.end, space.has_shrunk), (39 * 512, true));
+        space.give_back(23 * 512, &LAYOUT);
+        space.tidy(&LAYOUT);
+        assert_eq!(space.end, 7 * 512);
     }
 
     #[test]

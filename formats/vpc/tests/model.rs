@@ -40,7 +40,7 @@ fn base() -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig::with_cases(40))]
 
     #[test]
     fn a_dynamic_disk_is_its_bytes(ops in operations(SIZE, u64::from(BLOCK), 25)) {
@@ -194,7 +194,8 @@ fn blocks_are_given_up_and_used_while_others_read_and_write() {
             });
         }
     });
-    disk.flush().unwrap();
+    // Closing cuts off what was given up.
+    drop(disk);
     assert_clean(&*storage);
 }
 

@@ -37,6 +37,13 @@ pub fn in_memory(kind: Kind, size: u64) -> Arc<MemoryDevice> {
     storage
 }
 
+/// An image whose table grows over its first block when it gets 128 entries.
+pub fn in_tiny_blocks(kind: Kind, size: u64) -> Arc<MemoryDevice> {
+    let storage = Arc::new(MemoryDevice::new(Vec::new()));
+    create(&*storage, &CreateOptions { block_size: 512, ..options(kind, size) }).unwrap();
+    storage
+}
+
 pub fn parent(bytes: &[u8]) -> Parent {
     Parent { device: Arc::new(MemoryDevice::read_only(bytes.to_vec())), unique_id: PARENT_ID }
 }
