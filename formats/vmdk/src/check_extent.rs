@@ -10,7 +10,7 @@ use crate::layout::{Entries, Layout, Place};
 use crate::table::{Table, read_table};
 use crate::writer::metadata;
 use tranship_block::{
-    BlockDevice, CheckReport, Error, LittleEndian, Repair, Result, Span, Storage,
+    BlockDevice, CheckReport, Error, Extents, LittleEndian, Repair, Result, Span, Storage,
 };
 
 /// Grains whose places are compared with each other: 1 GiB of memory.
@@ -354,8 +354,8 @@ impl<'a> Checker<'a> {
         }
         for gap in gaps {
             // A hole takes no space; that is where discarded grains were.
-            let extent = self.storage.extent_at(gap.start)?;
-            if !(extent.kind.reads_zero() && extent.len >= gap.len) {
+            let mut runs = Extents::new(&self.storage, gap);
+            if runs.any(|run| run.is_ok_and(|(_, kind)| !kind.reads_zero())) {
                 self.leak(gap, |storage| storage.discard(gap))?;
             }
         }

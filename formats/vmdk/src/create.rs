@@ -351,21 +351,33 @@ impl Plan {
     /// Writes both directories.
     pub(crate) fn write_directories(&self, storage: &dyn Storage) -> Result<()> {
         for start in [self.redundant, self.directory] {
-            let mut at = start.saturating_mul(SECTOR);
-            let mut table = at.saturating_add(self.directory_len()) / SECTOR;
-            let mut piece = Vec::new();
-            for _ in 0..self.tables {
-                piece.extend(u32::try_from(table).unwrap_or(0).to_le_bytes());
-                table = table.saturating_add(TABLE_LEN / SECTOR);
-                if piece.len() >= PIECE {
-                    storage.write_at(&piece, at)?;
-                    at = at.saturating_add(u64::try_from(piece.len()).unwrap_or(0));
-                    piece.clear();
-                }
-            }
-            storage.write_at(&piece, at)?;
+            let at = start.saturating_mul(SECTOR);
+            let first = at.saturating_add(self.directory_len()) / SECTOR;
+            let table = |number: u64| {
+                let sector = first.saturating_add(number.saturating_mul(TABLE_LEN / SECTOR));
+                u32::try_from(sector).unwrap_or(0)
+            };
+            Self::write_entries(storage, at, (0..self.tables).map(table))?;
         }
         Ok(())
+    }
+
+    /// Writes the entries of a directory that starts at byte `at`.
+    pub(crate) fn write_entries(
+        storage: &dyn Storage,
+        mut at: u64,
+        entries: impl IntoIterator<Item = u32>,
+    ) -> Result<()> {
+        let mut piece = Vec::new();
+        for entry in entries {
+            piece.extend(entry.to_le_bytes());
+            if piece.len() >= PIECE {
+                storage.write_at(&piece, at)?;
+                at = at.saturating_add(u64::try_from(piece.len()).unwrap_or(0));
+                piece.clear();
+            }
+        }
+        storage.write_at(&piece, at)
     }
 }
 

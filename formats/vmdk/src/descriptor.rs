@@ -117,6 +117,31 @@ pub(crate) fn with_cid(text: &[u8], cid: u32) -> Option<Vec<u8>> {
     None
 }
 
+/// The descriptor `text` with other extent lines: `lines` instead of the ones it has.
+pub(crate) fn with_extents(text: &[u8], lines: &[String]) -> Vec<u8> {
+    let is_extent = |line: &[u8]| {
+        let line = String::from_utf8_lossy(line);
+        ExtentLine::parse(line.trim()).is_some()
+    };
+    let mut new: Vec<u8> = Vec::new();
+    let mut lines = Some(lines);
+    let mut left = text;
+    while !left.is_empty() {
+        let end = left.iter().position(|byte| *byte == b'\n').map(|at| at.saturating_add(1));
+        let (line, rest) = left.split_at_checked(end.unwrap_or(left.len())).unwrap_or((left, b""));
+        left = rest;
+        if !is_extent(line) {
+            new.extend(line);
+            continue;
+        }
+        for extent in lines.take().unwrap_or_default() {
+            new.extend(extent.as_bytes());
+            new.push(b'\n');
+        }
+    }
+    new
+}
+
 fn content_id(name: &str, text: &str) -> Result<u32> {
     Some(text)
         .filter(|text| text.bytes().all(|byte| byte.is_ascii_hexdigit()))
@@ -177,6 +202,13 @@ mod tests {
         let new = with_cid(text, 0xabc).unwrap();
         assert_eq!(new, b"version=1\r\nparentCID=1\r\nCID=00000abc\r\nx=\xff\n\0\0");
         assert_eq!(with_cid(b"parentCID=1\n", 1), None);
+    }
+
+    #[test]
+    fn extent_lines_are_replaced_together() {
+        let text = b"version=1\nRW 8 FLAT \"a\" 0\n  rw 8 FLAT \"b\" 0\r\n#end";
+        let lines = ["RW 1 ZERO".to_owned(), "RW 2 ZERO".to_owned()];
+        assert_eq!(with_extents(text, &lines), b"version=1\nRW 1 ZERO\nRW 2 ZERO\n#end");
     }
 
     #[test]

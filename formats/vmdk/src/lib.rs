@@ -28,6 +28,7 @@ mod layout;
 mod line;
 mod losses;
 mod open;
+mod resize;
 mod sesparse;
 mod sparse;
 mod stream;
@@ -42,6 +43,7 @@ pub use disk::{ExtentInfo, Vmdk};
 pub use extents::{ExtentFiles, NoFiles};
 pub use line::{Access, ExtentLine, ExtentType};
 pub use open::{OpenOptions, Parent, probe, read_descriptor};
+pub use resize::resize;
 pub use stream::StreamTarget;
 
 /// Bytes per sector, the unit of nearly every number in the format.

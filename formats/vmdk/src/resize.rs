@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Growing disks that are not in use.
+
+use crate::compose::extent_line;
+use crate::create::{CreateOptions, GRAIN, Plan, SPLIT, Subformat, create_extent, extent_name};
+use crate::descriptor::with_extents;
+use crate::directory;
+use crate::extents::ExtentFiles;
+use crate::header;
+use crate::identity::store_text;
+use crate::layout::Layout;
+use crate::line::{Access, ExtentLine, ExtentType};
+use crate::open::{File, file_kind, not_a_disk, read_head, read_text};
+use crate::{Descriptor, MAX_EXTENTS, SECTOR};
+use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
+
+/// Gives the disk whose first or only file is `storage` a size of `size` bytes, rounded up
+/// to a multiple of 512; its other files come from `files`. New bytes read as zero, or
+/// from the parent if that is larger than the disk was. The disk must not be open.
+///
+/// The last extent grows; the kinds that are split into pieces of 2 GiB get new extents
+/// behind it. Whatever interrupts this leaves a disk of the old or the new size.
+///
+/// # Errors
+///
+/// [`tranship_block::ErrorKind::Unsupported`] for a smaller size, which would lose data,
+/// and for disks that cannot be written; else as [`crate::Vmdk::open_writable`].
+pub fn resize(storage: &dyn Storage, files: &dyn ExtentFiles, size: u64) -> Result<()> {
+    let size = size
+        .div_ceil(SECTOR)
+        .checked_mul(SECTOR)
+        .filter(|size| i64::try_from(*size).is_ok())
+        .ok_or_else(|| Error::usage(format!("size is {size} bytes, expected less than 2^63")))?;
+    match file_kind(&read_head(&storage)?) {
+        Some(File::Hosted) => {
+            let layout = header::read(&storage)?;
+            let old = layout.capacity;
+            if is_larger(old, size)? {
+                grow_sparse(storage, &layout, size)?;
+                rewrite_embedded(storage, &layout, size)?;
+            }
+            Ok(())
+        }
+        Some(File::Text) => {
+            let descriptor = read_text(&storage)?;
+            let old =
+                descriptor.extents.iter().fold(0_u64, |sum, line| sum.saturating_add(line.len));
+            if is_larger(old, size)? {
+                grow_described(storage, files, &descriptor, size.saturating_sub(old))?;
+            }
+            Ok(())
+        }
+        Some(File::Cowd | File::SeSparse) => {
+            Err(Error::unsupported("delta extents of ESX cannot be resized"))
+        }
+        None => Err(not_a_disk()),
+    }
+}
+
+fn is_larger(old: u64, new: u64) -> Result<bool> {
+    if new < old {
+        return Err(Error::unsupported(format!(
+            "a VMDK disk of {old} bytes cannot shrink to {new}: convert a smaller disk instead"
+        )));
+    }
+    Ok(new > old)
+}
+
+/// Gives a sparse file directories and tables for `size` bytes. New directories go to the
+/// end of the file, with the old tables and new, empty ones; the header, which is written
+/// last, leads to them.
+fn grow_sparse(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> {
+    if layout.compressed {
+        return Err(Error::unsupported(
+            "a stream-optimized disk is written once: convert it to another kind to resize it",
+        ));
+    }
+    let mut bytes = [0; header::HEADER_LEN];
+    storage.read_at(&mut bytes, 0)?;
+    let directory = layout.directory.unwrap_or(0);
+    let primary = directory::read_at(&storage, layout, directory, "grain directory", false)?;
+    let redundant = layout
+        .redundant
+        .map(|at| directory::read_at(&storage, layout, at, "redundant grain directory", false))
+        .transpose()?;
+    let tables = size.div_ceil(layout.table_span());
+    let more = tables.saturating_sub(layout.directory_entries);
+    let mut places = [directory, layout.redundant.unwrap_or(0)];
+    if more > 0 {
+        let copies = [Some(primary), redundant];
+        let mut end = storage.size().div_ceil(GRAIN).saturating_mul(GRAIN);
+        for (entries, place) in copies.into_iter().zip(&mut places) {
+            let Some(mut entries) = entries else { continue };
+            *place = end;
+            let directory_len = tables.saturating_mul(4).div_ceil(SECTOR).saturating_mul(SECTOR);
+            let first = end.saturating_add(directory_len);
+            for number in 0..more {
+                let at = number.saturating_mul(layout.table_stride()).saturating_add(first);
+                entries.push(u32::try_from(at / SECTOR).map_err(|_| {
+                    Error::unsupported(format!(
+                        "the tables for {size} bytes would lie beyond 2 TiB of the file"
+                    ))
+                })?);
+            }
+            end = first.saturating_add(more.saturating_mul(layout.table_stride()));
+            storage.set_len(end)?;
+            let span = Span::new(*place, end.saturating_sub(*place));
+            storage.write_zeroes(span, Zeroing::MayUnmap)?;
+            Plan::write_entries(storage, *place, entries)?;
+        }
+        storage.flush()?;
+    }
+    let fields = [(12, size), (48, places[1]), (56, places[0])];
+    for (at, value) in fields {
+        let end = usize::saturating_add(at, 8);
+        if let Some(field) = bytes.get_mut(at..end) {
+            field.copy_from_slice(&(value / SECTOR).to_le_bytes());
+        }
+    }
+    header::parse(&bytes)?;
+    storage.write_at(&bytes, 0)?;
+    storage.flush()
+}
+
+/// Makes the embedded descriptor say `size`.
+fn rewrite_embedded(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> {
+    let Some(span) = layout.descriptor else { return Ok(()) };
+    let mut text = vec![0; usize::try_from(span.len).unwrap_or(0)];
+    storage.read_at(&mut text, span.start)?;
+    let mut extents = Descriptor::parse(&text)?.extents;
+    let [line] = extents.as_mut_slice() else { return Ok(()) };
+    line.len = size;
+    store_text(storage, Some(span), &with_extents(&text, &[extent_line(line)]))?;
+    storage.flush()
+}
+
+/// Grows the last extent of a disk with a descriptor of its own by `more` bytes, or adds
+/// extents behind it.
+fn grow_described(
+    storage: &dyn Storage,
+    files: &dyn ExtentFiles,
+    descriptor: &Descriptor,
+    more: u64,
+) -> Result<()> {
+    let mut text = vec![0; usize::try_from(storage.size()).unwrap_or(0)];
+    storage.read_at(&mut text, 0)?;
+    let is_there = |name: &[u8]| name.is_empty() || text.windows(name.len()).any(|at| at == name);
+    if !descriptor.extents.iter().all(|line| is_there(line.name.as_bytes())) {
+        return Err(Error::unsupported(
+            "the names of extents are not in UTF-8: save the descriptor as UTF-8 \
+             with encoding=\"UTF-8\" first",
+        ));
+    }
+    let mut extents = descriptor.extents.clone();
+    let split: Option<Subformat> = descriptor.create_type.parse().ok().filter(|kind| {
+        matches!(kind, Subformat::TwoGbMaxExtentFlat | Subformat::TwoGbMaxExtentSparse)
+    });
+    let count = extents.len();
+    let Some(last) = extents.last_mut() else {
+        return Err(Error::corrupt("the descriptor lists no extents"));
+    };
+    // Pieces of QEMU are larger than those of VMware.
+    let room = if split.is_some() { SPLIT.saturating_sub(last.len) } else { u64::MAX };
+    let grown = more.min(room);
+    if grown > 0 {
+        grow_extent(files, last, grown).map_err(|error| error.in_file(&last.name))?;
+        last.len = last.len.saturating_add(grown);
+    }
+    let template = last.clone();
+    let mut left = more.saturating_sub(grown);
+    if let Some(subformat) = split {
+        let stem = stem_of(&template.name, subformat, count)?;
+        while left > 0 {
+            let number = u64::try_from(extents.len()).unwrap_or(u64::MAX);
+            if extents.len() >= MAX_EXTENTS {
+                return Err(Error::unsupported(format!("more than {MAX_EXTENTS} extents")));
+            }
+            let len = left.min(SPLIT);
+            let name = extent_name(&stem, subformat, number);
+            let line = ExtentLine { len, name, offset: 0, ..template.clone() };
+            create_extent(files, &line, false).map_err(|error| error.in_file(&line.name))?;
+            extents.push(line);
+            left = left.saturating_sub(len);
+        }
+    }
+    let lines: Vec<String> = extents.iter().map(extent_line).collect();
+    store_text(storage, None, &with_extents(&text, &lines))?;
+    storage.flush()
+}
+
+/// What the names of a split disk's extents start with.
+fn stem_of(name: &str, subformat: Subformat, count: usize) -> Result<String> {
+    let number = u64::try_from(count.saturating_sub(1)).unwrap_or(u64::MAX);
+    let ending = extent_name("", subformat, number);
+    name.strip_suffix(ending.as_str()).map(str::to_owned).ok_or_else(|| {
+        Error::unsupported(format!(
+            "the last extent is called {name:?}, expected a name that ends in {ending:?}: the \
+             names of further extents cannot be guessed"
+        ))
+    })
+}
+
+fn grow_extent(files: &dyn ExtentFiles, line: &ExtentLine, more: u64) -> Result<()> {
+    let len = line.len.saturating_add(more);
+    if line.access != Access::ReadWrite {
+        return Err(Error::unsupported("the last extent is marked RDONLY or NOACCESS"));
+    }
+    match line.kind {
+        ExtentType::Zero => Ok(()),
+        ExtentType::Sparse => {
+            let file = files.open(&line.name, true)?;
+            match file_kind(&read_head(&file)?) {
+                Some(File::Hosted) => {}
+                _ => return Err(Error::unsupported("the last extent is no hosted sparse one")),
+            }
+            let layout = header::read(&file)?;
+            if layout.capacity >= len { Ok(()) } else { grow_sparse(&*file, &layout, len) }
+        }
+        ExtentType::Flat | ExtentType::Vmfs => {
+            let file = files.open(&line.name, true)?;
+            let (old, end) =
+                (line.offset.saturating_add(line.len), line.offset.saturating_add(len));
+            // Bytes that were behind the extent would become visible.
+            let stale = file.size().min(end).saturating_sub(old);
+            if stale > 0 {
+                file.write_zeroes(Span::new(old, stale), Zeroing::MayUnmap)?;
+            }
+            if file.size() < end {
+                file.set_len(end)?;
+            }
+            file.flush()
+        }
+        _ => Err(Error::unsupported(format!(
+            "extents of type {} cannot be resized",
+            line.kind.word()
+        ))),
+    }
+}
+
+impl CreateOptions {
+    /// The name of extent `number`, counted from 0.
+    pub fn extent_name(&self, number: u64) -> String {
+        extent_name(&self.name, self.subformat, number)
+    }
+}
