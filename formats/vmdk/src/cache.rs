@@ -46,8 +46,11 @@ impl Cache {
         Some(table)
     }
 
-    /// Keeps a table as it is in the file; one that is there already stays.
+    /// Keeps a table as it is in the file; one that is there already may be newer and stays.
     pub(crate) fn insert(&mut self, index: usize, table: Arc<Table>) {
+        if self.dirty.contains_key(&index) || self.old.contains_key(&index) {
+            return;
+        }
         if self.young.len() >= self.most {
             self.old = mem::take(&mut self.young);
         }
@@ -77,6 +80,8 @@ impl Cache {
         for (index, table) in tables {
             if self.dirty.get(&index).is_some_and(|now| Arc::ptr_eq(now, &table)) {
                 self.dirty.remove(&index);
+                self.young.remove(&index);
+                self.old.remove(&index);
                 self.insert(index, table);
             }
         }
@@ -118,6 +123,8 @@ mod tests {
         assert_eq!(cache.changed_len(), 1);
         let writing = cache.changed();
         assert_eq!((writing[&3].entry(1), writing[&3].entry(2)), (7, 8));
+        // Somebody has read the table before it was changed.
+        cache.insert(3, Arc::new(Table::Uniform(0)));
         cache.written(writing);
         assert_eq!(cache.changed_len(), 0);
         assert_eq!(cache.get(3).unwrap().entry(2), 8);

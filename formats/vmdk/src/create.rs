@@ -287,10 +287,7 @@ pub fn create(
         }
         Subformat::StreamOptimized => Stream::new(storage, options, &text)?.finish(storage),
         _ => {
-            // A descriptor that is there already must not name half a disk.
-            storage.set_len(0).or_else(|_| {
-                storage.write_zeroes(Span::new(0, storage.size().min(SECTOR)), Zeroing::MayUnmap)
-            })?;
+            invalidate(storage)?;
             for line in &extents {
                 create_extent(files, line, options.zeroed_grain)
                     .map_err(|error| error.in_file(&line.name))?;
@@ -389,6 +386,7 @@ fn create_sparse(
 ) -> Result<()> {
     let plan = Plan::new(capacity, 1 + DESCRIPTOR_SECTORS)?;
     let end = plan.overhead.saturating_mul(SECTOR);
+    invalidate(storage)?;
     // What was there before must not shine through in tables.
     storage.set_len(end)?;
     storage.write_zeroes(Span::new(0, end), Zeroing::MayUnmap)?;
@@ -415,6 +413,16 @@ fn create_sparse(
         compression: 0,
     };
     storage.write_at(&header.bytes(), 0)?;
+    storage.flush()
+}
+
+/// Makes whatever disk is in `storage` none, before it is overwritten piece by piece.
+pub(crate) fn invalidate(storage: &dyn Storage) -> Result<()> {
+    let front = storage.size().min(SECTOR);
+    if front == 0 {
+        return Ok(());
+    }
+    storage.write_zeroes(Span::new(0, front), Zeroing::MayUnmap)?;
     storage.flush()
 }
 

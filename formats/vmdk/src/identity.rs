@@ -19,22 +19,32 @@ pub(crate) fn random_cid() -> u32 {
     }
 }
 
+/// Where the descriptor of a disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DescriptorPlace {
+    /// It is the first file of the disk.
+    File,
+    /// It is embedded in a sparse extent.
+    Embedded(Span),
+    /// There is none.
+    Nowhere,
+}
+
 /// The descriptor of a disk that is open for writing.
 #[derive(Debug)]
 pub(crate) struct Identity {
     storage: Arc<dyn Storage>,
-    /// Where the descriptor is embedded; else it is the whole file.
-    embedded: Option<Span>,
+    place: DescriptorPlace,
     cid: AtomicU32,
     changed: AtomicBool,
     turn: Mutex<()>,
 }
 
 impl Identity {
-    pub(crate) fn new(storage: Arc<dyn Storage>, embedded: Option<Span>, cid: u32) -> Self {
+    pub(crate) fn new(storage: Arc<dyn Storage>, place: DescriptorPlace, cid: u32) -> Self {
         Self {
             storage,
-            embedded,
+            place,
             cid: AtomicU32::new(cid),
             changed: AtomicBool::new(false),
             turn: Mutex::new(()),
@@ -61,22 +71,21 @@ impl Identity {
             return Ok(());
         }
         let cid = random_cid();
-        let size = self.storage.size();
-        let span = self.embedded.unwrap_or(Span::new(0, size));
+        let (span, embedded) = match self.place {
+            DescriptorPlace::File => (Span::new(0, self.storage.size()), None),
+            DescriptorPlace::Embedded(span) => (span, Some(span)),
+            DescriptorPlace::Nowhere => (Span::new(0, 0), None),
+        };
         let mut text = vec![0; usize::try_from(span.len).unwrap_or(0)];
         self.storage.read_at(&mut text, span.start)?;
         if let Some(text) = with_cid(&text, cid) {
-            self.store(&text, span)?;
+            store_text(&*self.storage, embedded, &text).map_err(|error| error.at(span.start))?;
             // A snapshot of the old contents must not fit to the new ones after a crash.
             self.storage.flush()?;
         }
         self.cid.store(cid, Ordering::Release);
         self.changed.store(true, Ordering::Release);
         Ok(())
-    }
-
-    fn store(&self, text: &[u8], span: Span) -> Result<()> {
-        store_text(&*self.storage, self.embedded, text).map_err(|error| error.at(span.start))
     }
 }
 

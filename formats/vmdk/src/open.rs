@@ -4,7 +4,7 @@
 use crate::disk::{Backing, Piece, Vmdk};
 use crate::extents::{ExtentFiles, OpenFile, Source};
 use crate::header::{self, MAGIC, MAX_DIRECTORY_ENTRIES};
-use crate::identity::Identity;
+use crate::identity::{DescriptorPlace, Identity};
 use crate::layout::Layout;
 use crate::line::{Access, ExtentLine, ExtentType};
 use crate::sparse::SparseExtent;
@@ -235,7 +235,10 @@ fn open_monolithic(file: OpenFile, layout: Layout, options: OpenOptions) -> Resu
     }
     let access = descriptor.extents.first().map_or(Access::ReadWrite, |line| line.access);
     let parent = check_parent(&descriptor, options, &mut warnings)?;
-    let span = layout.descriptor;
+    let place = match layout.descriptor {
+        Some(span) => DescriptorPlace::Embedded(span),
+        None => DescriptorPlace::Nowhere,
+    };
     let kind = layout.kind;
     let storage = file.storage.clone();
     let extent = sparse(file, layout, salvage, &mut warnings)?;
@@ -245,7 +248,7 @@ fn open_monolithic(file: OpenFile, layout: Layout, options: OpenOptions) -> Resu
     let cid = descriptor.cid.unwrap_or(0);
     let disk = Vmdk::new(vec![piece], len, descriptor, parent, warnings);
     Ok(match storage {
-        Some(storage) => disk.writable(Identity::new(storage, span, cid), Vec::new()),
+        Some(storage) => disk.writable(Identity::new(storage, place, cid), Vec::new()),
         None => disk,
     })
 }
@@ -278,7 +281,9 @@ fn open_described(file: &OpenFile, source: Source<'_>, options: OpenOptions) -> 
     let cid = descriptor.cid.unwrap_or(0);
     let disk = Vmdk::new(pieces, start, descriptor, parent, warnings);
     Ok(match file.storage.clone() {
-        Some(storage) => disk.writable(Identity::new(storage, None, cid), files.flat()),
+        Some(storage) => {
+            disk.writable(Identity::new(storage, DescriptorPlace::File, cid), files.flat())
+        }
         None => disk,
     })
 }

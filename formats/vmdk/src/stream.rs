@@ -8,7 +8,7 @@ use crate::SECTOR;
 use crate::compose::compose;
 use crate::create::{
     CreateOptions, DESCRIPTOR_SECTORS, GRAIN, HeaderFields, Subformat, TABLE_ENTRIES,
-    check_descriptor,
+    check_descriptor, invalidate,
 };
 use crate::footer::{END_OF_STREAM, FOOTER, GRAIN_DIRECTORY, GRAIN_TABLE};
 use crate::header::{
@@ -186,6 +186,7 @@ impl Stream {
             )));
         }
         check_descriptor(descriptor)?;
+        invalidate(storage)?;
         let start = OVERHEAD * SECTOR;
         storage.set_len(start)?;
         // The file is no disk until its header is there.

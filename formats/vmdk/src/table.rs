@@ -214,7 +214,10 @@ impl Tables {
         for table in bytes.chunks(stride).map(parse) {
             // Millions of empty tables share one.
             let same = tables.last().filter(|last| table.uniform().is_some() && ***last == table);
-            let table = same.map_or_else(|| Arc::new(table.clone()), Arc::clone);
+            let table = match same {
+                Some(same) => Arc::clone(same),
+                None => Arc::new(table),
+            };
             tables.push(table);
         }
         Ok(tables)

@@ -197,6 +197,26 @@ fn declared_zeroes_take_no_space_and_come_back() {
 }
 
 #[test]
+fn an_extent_without_a_descriptor_can_be_written() {
+    let files = Memory::default();
+    let descriptor = MemoryDevice::new(Vec::new());
+    let create = CreateOptions::new(1 << 20, Subformat::TwoGbMaxExtentSparse, "d.vmdk");
+    tranship_vmdk::create(&descriptor, &files, &create).unwrap();
+    let storage = files.0.lock().unwrap()["d-s001.vmdk"].clone();
+    let mut model = vec![0; 1 << 20];
+    // What looks like a descriptor is the guest's.
+    let text = b"CID=12345678\n".repeat(100);
+    for at in [0, 70_000] {
+        let disk = Vmdk::open_writable(storage.clone(), &NoFiles, options(None)).unwrap();
+        disk.write_at(&text, at as u64).unwrap();
+        model[at..at + text.len()].copy_from_slice(&text);
+        verify(&disk, &model);
+    }
+    let disk = Vmdk::open(storage.clone(), &DenyAll, options(None)).unwrap();
+    verify(&disk, &model);
+}
+
+#[test]
 fn only_what_can_be_written_is_opened_for_writing() {
     let storage = Arc::new(MemoryDevice::new(Vec::new()));
     let create = CreateOptions::new(1 << 20, Subformat::StreamOptimized, "d.vmdk");
@@ -223,4 +243,63 @@ fn only_what_can_be_written_is_opened_for_writing() {
     assert!(disk.write_at(&[9], 1024).is_err());
     disk.write_zeroes(Span::new(1024, 512), Zeroing::MayUnmap).unwrap();
     assert_eq!(storage.snapshot().len(), text.len());
+}
+
+/// Creates a disk in a storage that holds `before`, and looks at everything that a power
+/// cut could leave.
+fn cut_creation(create: &CreateOptions, before: &[u8]) {
+    let cut = PowerCut::new(before.to_vec());
+    tranship_vmdk::create(&cut, &NoFiles, create).unwrap();
+    let size = create.size as usize;
+    let mut disks = 0;
+    cut.replay(&[], 7, |bytes, _| {
+        let file = Arc::new(MemoryDevice::read_only(bytes.clone()));
+        if bytes == before || !tranship_vmdk::probe(&bytes[..bytes.len().min(4096)]) {
+            return;
+        }
+        disks += 1;
+        let disk = Vmdk::open(file, &DenyAll, options(None)).unwrap();
+        assert!(contents(&disk) == vec![0; size]);
+    });
+    assert!(disks > 0);
+}
+
+#[test]
+fn an_interrupted_creation_leaves_no_disk() {
+    let old = Arc::new(MemoryDevice::new(Vec::new()));
+    let create = CreateOptions::new(300_000, Subformat::MonolithicSparse, "d.vmdk");
+    tranship_vmdk::create(&*old, &NoFiles, &create).unwrap();
+    let disk = Vmdk::open_writable(old.clone(), &NoFiles, options(None)).unwrap();
+    disk.write_at(&pattern(100_000, 3), 0).unwrap();
+    drop(disk);
+    for subformat in [Subformat::MonolithicSparse, Subformat::StreamOptimized] {
+        let create = CreateOptions::new(100_352, subformat, "d.vmdk");
+        cut_creation(&create, &[]);
+        cut_creation(&create, &old.snapshot());
+    }
+}
+
+#[test]
+fn an_interrupted_resize_leaves_the_old_or_the_new_disk() {
+    let memory = Arc::new(MemoryDevice::new(Vec::new()));
+    let create = CreateOptions::new(1 << 20, Subformat::MonolithicSparse, "d.vmdk");
+    tranship_vmdk::create(&*memory, &NoFiles, &create).unwrap();
+    let disk = Vmdk::open_writable(memory.clone(), &NoFiles, options(None)).unwrap();
+    disk.write_at(&pattern(5000, 3), 700_000).unwrap();
+    drop(disk);
+    let cut = PowerCut::new(memory.snapshot());
+    tranship_vmdk::resize(&cut, &NoFiles, 40 << 20).unwrap();
+    let mut sizes = std::collections::BTreeSet::new();
+    cut.replay(&[], 7, |bytes, _| {
+        let file = Arc::new(MemoryDevice::read_only(bytes));
+        let disk = Vmdk::open(file, &DenyAll, options(None)).unwrap();
+        sizes.insert(disk.size());
+        let mut found = vec![0; 5000];
+        disk.read_at(&mut found, 700_000).unwrap();
+        assert!(found == pattern(5000, 3));
+        if disk.size() > 1 << 20 {
+            assert!(disk.extent_at(2 << 20).unwrap().kind.reads_zero());
+        }
+    });
+    assert_eq!(Vec::from_iter(sizes), [1 << 20, 40 << 20]);
 }
