@@ -20,7 +20,7 @@
 mod text;
 mod verify;
 
-use crate::{Error, Result, Span};
+use crate::{Error, Result, Span, is_zero};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 use std::fmt;
@@ -93,9 +93,19 @@ pub(crate) fn check_chunk(chunk: u64) -> Result<()> {
     )))
 }
 
+/// A chunk that is being hashed.
+struct Open {
+    index: u64,
+    /// Up to where.
+    at: u64,
+    hash: Sha256,
+    /// Whether anything but zeroes was seen.
+    data: bool,
+}
+
 /// Hashes the chunks of `span`, which begins with one: `data` are the ranges that may hold
-/// something and whose bytes `bytes` gives; all else is zero. Chunks without data are left
-/// out.
+/// something and whose bytes `bytes` gives; all else is zero. Chunks that are all zero are
+/// left out.
 pub(crate) fn hash_chunk<'a>(
     chunk: u64,
     span: Span,
@@ -103,30 +113,37 @@ pub(crate) fn hash_chunk<'a>(
     bytes: impl Fn(Span) -> &'a [u8],
 ) -> Vec<HashedChunk> {
     let mut hashes: Vec<HashedChunk> = Vec::new();
-    // The chunk that is being hashed, and up to where.
-    let mut open: Option<(u64, u64, Sha256)> = None;
+    let mut open: Option<Open> = None;
     let end_of = |index: u64| index.saturating_add(1).saturating_mul(chunk).min(span.end());
-    let close = |(index, at, mut hash): (u64, u64, Sha256)| {
-        zeroes(&mut hash, end_of(index).saturating_sub(at));
-        HashedChunk { index, digest: Digest(hash.finalize().into()) }
+    let close = |mut open: Open| {
+        zeroes(&mut open.hash, end_of(open.index).saturating_sub(open.at));
+        let digest = Digest(open.hash.finalize().into());
+        open.data.then_some(HashedChunk { index: open.index, digest })
     };
     for data in data {
         let mut at = data.start;
         while at < data.end().min(span.end()) {
             let index = at.checked_div(chunk).unwrap_or(0);
-            if open.as_ref().is_some_and(|(number, ..)| *number != index) {
-                hashes.extend(open.take().map(close));
+            if open.as_ref().is_some_and(|open| open.index != index) {
+                hashes.extend(open.take().and_then(close));
             }
             let begin = index.saturating_mul(chunk);
-            let (_, done, hash) = open.get_or_insert_with(|| (index, begin, Sha256::new()));
-            zeroes(hash, at.saturating_sub(*done));
+            let now = open.get_or_insert_with(|| Open {
+                index,
+                at: begin,
+                hash: Sha256::new(),
+                data: false,
+            });
+            zeroes(&mut now.hash, at.saturating_sub(now.at));
             let end = data.end().min(end_of(index));
-            hash.update(bytes(Span::new(at, end.saturating_sub(at))));
-            *done = end;
+            let bytes = bytes(Span::new(at, end.saturating_sub(at)));
+            now.data = now.data || !is_zero(bytes);
+            now.hash.update(bytes);
+            now.at = end;
             at = end;
         }
     }
-    hashes.extend(open.take().map(close));
+    hashes.extend(open.take().and_then(close));
     hashes
 }
 

@@ -15,11 +15,18 @@ pub(crate) struct Faulty {
     bad: Vec<Range<u64>>,
     stored: Vec<Range<u64>>,
     no_extents: Vec<Range<u64>>,
+    deeper: Vec<Range<u64>>,
 }
 
 impl Faulty {
     pub(crate) fn new(inner: MemoryDevice) -> Self {
-        Self { inner, bad: Vec::new(), stored: Vec::new(), no_extents: Vec::new() }
+        Self {
+            inner,
+            bad: Vec::new(),
+            stored: Vec::new(),
+            no_extents: Vec::new(),
+            deeper: Vec::new(),
+        }
     }
 
     pub(crate) fn bad(mut self, range: Range<u64>) -> Self {
@@ -36,6 +43,12 @@ impl Faulty {
     /// Nobody knows what is there.
     pub(crate) fn no_extents(mut self, range: Range<u64>) -> Self {
         self.no_extents.push(range);
+        self
+    }
+
+    /// What is there comes from the backing image.
+    pub(crate) fn deeper(mut self, range: Range<u64>) -> Self {
+        self.deeper.push(range);
         self
     }
 
@@ -70,9 +83,17 @@ impl BlockDevice for Faulty {
         if self.no_extents.iter().any(|range| range.contains(&offset)) {
             return Err(Error::corrupt("table is gone").at(offset));
         }
-        let extent = self.inner.extent_at(offset)?;
-        let stored = self.stored.iter().any(|range| range.contains(&offset));
-        Ok(if stored { Extent { kind: ExtentKind::Data, ..extent } } else { extent })
+        let mut extent = self.inner.extent_at(offset)?;
+        if self.stored.iter().any(|range| range.contains(&offset)) {
+            extent.kind = ExtentKind::Data;
+        }
+        if self.deeper.iter().any(|range| range.contains(&offset)) {
+            extent.depth = 1;
+        }
+        // An answer ends where another range of ours begins or ends.
+        let ranges = [&self.stored, &self.deeper, &self.no_extents].into_iter().flatten();
+        let ends = ranges.flat_map(|range| [range.start, range.end]).filter(|end| *end > offset);
+        Ok(ends.fold(extent, |extent, end| extent.limited_to(end - offset)))
     }
     fn flush(&self) -> Result<()> {
         self.inner.flush()

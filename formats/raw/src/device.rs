@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Positioned I/O on the file: reads, writes, holes.
 
+use crate::direct::{Direct, Parts};
 use crate::file::{Access, RawFile};
-use rustix::fs::{Advice as FileAdvice, FallocateFlags, SeekFrom};
+use rustix::fs::{Advice as FileAdvice, FallocateFlags};
 use rustix::io::Errno;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
@@ -18,7 +20,7 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 const MOST_BUFFERS: usize = 1024;
 
 impl RawFile {
-    fn failed(&self, what: &str, errno: Errno, offset: u64) -> Error {
+    pub(crate) fn failed(&self, what: &str, errno: Errno, offset: u64) -> Error {
         Error::io(format!("cannot {what}"), errno.into()).at(offset).in_file(&self.path)
     }
 
@@ -43,9 +45,26 @@ impl RawFile {
         self.check(span)
     }
 
-    fn write_all(&self, mut buf: &[u8], mut offset: u64) -> Result<()> {
+    /// Reads from `file`, which is this one with or without the page cache.
+    fn read_all(&self, file: &File, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
         while !buf.is_empty() {
-            match rustix::io::pwrite(&self.file, buf, offset) {
+            match rustix::io::pread(file, &mut *buf, offset) {
+                Ok(0) => return Err(self.ended(offset)),
+                Ok(count) => {
+                    buf = buf.get_mut(count..).unwrap_or_default();
+                    offset = offset.saturating_add(length(count));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed("read", errno, offset)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes to `file`, which is this one with or without the page cache.
+    fn write_all(&self, file: &File, mut buf: &[u8], mut offset: u64) -> Result<()> {
+        while !buf.is_empty() {
+            match rustix::io::pwrite(file, buf, offset) {
                 // No file system that we know does it; an endless loop would be worse.
                 Ok(0) => return Err(self.failed("write", Errno::IO, offset)),
                 Ok(count) => {
@@ -57,6 +76,57 @@ impl RawFile {
             }
         }
         Ok(())
+    }
+
+    /// Writes at most as many buffers as one system call takes; returns where they end.
+    fn write_group(&self, group: &[IoSlice<'_>], mut offset: u64) -> Result<u64> {
+        let mut own = group.to_vec();
+        let mut left: &mut [IoSlice<'_>] = &mut own;
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            match rustix::io::pwritev(&self.file, left, offset) {
+                Ok(0) => return Err(self.failed("write", Errno::IO, offset)),
+                Ok(count) => {
+                    IoSlice::advance_slices(&mut left, count);
+                    offset = offset.saturating_add(length(count));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed("write", errno, offset)),
+            }
+        }
+        Ok(offset)
+    }
+
+    fn read_direct(&self, direct: &Direct, buf: &mut [u8], offset: u64) -> Result<()> {
+        let Parts { head, middle } = direct.parts(offset, buf.len());
+        let (front, rest) = buf.split_at_mut_checked(head).unwrap_or_default();
+        let (aligned, tail) = rest.split_at_mut_checked(middle).unwrap_or_default();
+        let start = offset.saturating_add(length(head));
+        self.read_all(&self.file, front, offset)?;
+        if !aligned.is_empty() {
+            direct.read(aligned, start, |file, buf, at| self.read_all(file, buf, at))?;
+        }
+        self.read_all(&self.file, tail, start.saturating_add(length(middle)))
+    }
+
+    fn write_direct(&self, direct: &Direct, buf: &[u8], offset: u64) -> Result<()> {
+        let Parts { head, middle } = direct.parts(offset, buf.len());
+        let (front, rest) = buf.split_at_checked(head).unwrap_or_default();
+        let (aligned, tail) = rest.split_at_checked(middle).unwrap_or_default();
+        let start = offset.saturating_add(length(head));
+        self.write_all(&self.file, front, offset)?;
+        if !aligned.is_empty() {
+            direct.write(aligned, start, |file, buf, at| self.write_all(file, buf, at))?;
+        }
+        self.write_all(&self.file, tail, start.saturating_add(length(middle)))
+    }
+
+    /// Runs a change of the file's contents, of which the map of holes has to know.
+    fn change<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.holes.forget();
+        let result = work();
+        self.holes.forget();
+        result
     }
 
     /// Calls `fallocate`; `false` if this file or range cannot do it and zeroes must be
@@ -73,12 +143,12 @@ impl RawFile {
         }
     }
 
-    fn write_zero_bytes(&self, span: Span) -> Result<()> {
+    pub(crate) fn write_zero_bytes(&self, span: Span) -> Result<()> {
         let mut offset = span.start;
         while offset < span.end() {
             let left = usize::try_from(span.end().saturating_sub(offset)).unwrap_or(usize::MAX);
             let zeroes = ZEROES.get(..left).unwrap_or(&ZEROES);
-            self.write_all(zeroes, offset)?;
+            self.write_all(&self.file, zeroes, offset)?;
             offset = offset.saturating_add(length(zeroes.len()));
         }
         Ok(())
@@ -102,25 +172,28 @@ impl BlockDevice for RawFile {
         self.access == Access::ReadOnly
     }
 
-    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+    fn sector_size(&self) -> u32 {
+        self.sector_size
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.check(Span::new(offset, length(buf.len())))?;
-        while !buf.is_empty() {
-            match rustix::io::pread(&self.file, &mut *buf, offset) {
-                Ok(0) => return Err(self.ended(offset)),
-                Ok(count) => {
-                    buf = buf.get_mut(count..).unwrap_or_default();
-                    offset = offset.saturating_add(length(count));
-                }
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(self.failed("read", errno, offset)),
-            }
+        match &self.direct {
+            Some(direct) => self.read_direct(direct, buf, offset),
+            None => self.read_all(&self.file, buf, offset),
         }
-        Ok(())
     }
 
     fn read_vectored_at(&self, mut bufs: &mut [IoSliceMut<'_>], mut offset: u64) -> Result<()> {
         let total = bufs.iter().fold(0_u64, |sum, buf| sum.saturating_add(length(buf.len())));
         self.check(Span::new(offset, total))?;
+        if let Some(direct) = &self.direct {
+            for buf in bufs {
+                self.read_direct(direct, buf, offset)?;
+                offset = offset.saturating_add(length(buf.len()));
+            }
+            return Ok(());
+        }
         IoSliceMut::advance_slices(&mut bufs, 0);
         while !bufs.is_empty() {
             let most = bufs.len().min(MOST_BUFFERS);
@@ -140,29 +213,28 @@ impl BlockDevice for RawFile {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.check_write(Span::new(offset, length(buf.len())))?;
-        self.write_all(buf, offset)
+        self.change(|| match &self.direct {
+            Some(direct) => self.write_direct(direct, buf, offset),
+            None => self.write_all(&self.file, buf, offset),
+        })
     }
 
     fn write_vectored_at(&self, bufs: &[IoSlice<'_>], mut offset: u64) -> Result<()> {
         let total = bufs.iter().fold(0_u64, |sum, buf| sum.saturating_add(length(buf.len())));
         self.check_write(Span::new(offset, total))?;
-        for group in bufs.chunks(MOST_BUFFERS) {
-            let mut own = group.to_vec();
-            let mut left: &mut [IoSlice<'_>] = &mut own;
-            IoSlice::advance_slices(&mut left, 0);
-            while !left.is_empty() {
-                match rustix::io::pwritev(&self.file, left, offset) {
-                    Ok(0) => return Err(self.failed("write", Errno::IO, offset)),
-                    Ok(count) => {
-                        IoSlice::advance_slices(&mut left, count);
-                        offset = offset.saturating_add(length(count));
-                    }
-                    Err(Errno::INTR) => {}
-                    Err(errno) => return Err(self.failed("write", errno, offset)),
+        self.change(|| {
+            if let Some(direct) = &self.direct {
+                for buf in bufs {
+                    self.write_direct(direct, buf, offset)?;
+                    offset = offset.saturating_add(length(buf.len()));
                 }
+                return Ok(());
             }
-        }
-        Ok(())
+            for group in bufs.chunks(MOST_BUFFERS) {
+                offset = self.write_group(group, offset)?;
+            }
+            Ok(())
+        })
     }
 
     /// On a block device both modes are one request to the kernel to zero sectors.
@@ -176,36 +248,30 @@ impl BlockDevice for RawFile {
             Zeroing::MayUnmap => (punch(), reserve),
             Zeroing::KeepAllocated => (reserve, punch()),
         };
-        if self.allocate(first, span)? || self.allocate(second, span)? {
-            return Ok(());
-        }
-        self.write_zero_bytes(span)
+        self.change(|| {
+            if self.allocate(first, span)? || self.allocate(second, span)? {
+                return Ok(());
+            }
+            self.write_zero_bytes(span)
+        })
     }
 
     fn discard(&self, span: Span) -> Result<()> {
         self.check_write(span)?;
         if !span.is_empty() {
-            self.allocate(punch(), span)?;
+            self.change(|| self.allocate(punch(), span))?;
         }
         Ok(())
     }
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         self.check(Span::new(offset, 1))?;
-        let left = self.len().saturating_sub(offset);
-        let until = |end: u64| end.saturating_sub(offset).clamp(1, left);
-        let data = |len| Extent::new(ExtentKind::Data, len).mapped_to(offset);
-        match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
-            Ok(start) if start > offset => Ok(Extent::new(ExtentKind::Hole, until(start))),
-            Ok(_) => match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
-                Ok(end) => Ok(data(until(end))),
-                Err(_) => Ok(data(left)),
-            },
-            Err(Errno::NXIO) => Ok(Extent::new(ExtentKind::Hole, left)),
-            // A block device, or a file system that keeps no map: all of it is data.
-            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => Ok(data(left)),
-            Err(errno) => Err(self.failed("look for data", errno, offset)),
-        }
+        let (kind, end) = self
+            .holes
+            .at(&self.file, offset, self.len())
+            .map_err(|errno| self.failed("look for data", errno, offset))?;
+        let extent = Extent::new(kind, end.saturating_sub(offset));
+        Ok(if kind == ExtentKind::Data { extent.mapped_to(offset) } else { extent })
     }
 
     fn flush(&self) -> Result<()> {
@@ -230,7 +296,10 @@ impl BlockDevice for RawFile {
     }
 
     fn write_from_file(&self, offset: u64, range: &FileRange<'_>) -> Result<bool> {
-        if self.is_block_device { Ok(false) } else { self.copy_from(offset, range) }
+        if self.is_block_device {
+            return Ok(false);
+        }
+        self.change(|| self.copy_from(offset, range))
     }
 
     fn advise(&self, span: Span, advice: tranship_block::Advice) {
@@ -306,11 +375,13 @@ impl Storage for RawFile {
                 .in_file(&self.path))
             };
         }
-        rustix::fs::ftruncate(&self.file, len).map_err(|errno| {
-            Error::io(format!("cannot set the length to {len} bytes"), errno.into())
-                .in_file(&self.path)
-        })?;
-        self.size.store(len, Ordering::Release);
-        Ok(())
+        self.change(|| {
+            rustix::fs::ftruncate(&self.file, len).map_err(|errno| {
+                Error::io(format!("cannot set the length to {len} bytes"), errno.into())
+                    .in_file(&self.path)
+            })?;
+            self.size.store(len, Ordering::Release);
+            Ok(())
+        })
     }
 }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opening: only what can be a disk, and without waiting for anybody.
 
+use crate::direct::Direct;
+use crate::holes::Holes;
 use crate::lock::ImageLock;
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use std::fs::File;
@@ -26,6 +28,9 @@ pub struct RawFile {
     pub(crate) access: Access,
     pub(crate) is_block_device: bool,
     pub(crate) size: AtomicU64,
+    pub(crate) sector_size: u32,
+    pub(crate) holes: Holes,
+    pub(crate) direct: Option<Direct>,
     /// The image locks that are held.
     pub(crate) lock: Mutex<Option<ImageLock>>,
 }
@@ -50,23 +55,30 @@ impl RawFile {
         Self::from_file(File::from(file), path, access)
     }
 
-    /// Creates the file `path` with `size` bytes that read as zero and take no space.
+    /// As [`Self::open`], with I/O past the page cache. Any range can still be read and
+    /// written; whole blocks are fastest.
     ///
     /// # Errors
     ///
-    /// What the operating system reports, also if `path` exists already: an existing
-    /// file is never overwritten.
-    pub fn create(path: &Path, size: u64) -> Result<Self> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(path)
-            .map_err(|error| Error::io("cannot create", error).in_file(path))?;
-        file.set_len(size).map_err(|error| {
-            Error::io(format!("cannot set the length to {size} bytes"), error).in_file(path)
-        })?;
-        Self::from_file(file, path, Access::ReadWrite)
+    /// As [`Self::open`], and [`tranship_block::ErrorKind::Unsupported`] where the file
+    /// system cannot do it.
+    pub fn open_direct(path: &Path, access: Access) -> Result<Self> {
+        Self::open(path, access)?.into_direct()
+    }
+
+    /// The same file, with I/O past the page cache from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Unsupported`] where the file system cannot do it; what
+    /// the operating system reports.
+    pub fn into_direct(mut self) -> Result<Self> {
+        let flags = match self.access {
+            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        };
+        self.direct = Some(Direct::new(&self.file, &self.path, flags | OFlags::CLOEXEC)?);
+        Ok(self)
     }
 
     /// Uses a file that is open already; `path` is what errors call it.
@@ -97,12 +109,17 @@ impl RawFile {
                 .in_file(&path));
             }
         };
+        let sector_size =
+            if is_block_device { rustix::fs::ioctl_blksszget(&file).unwrap_or(512) } else { 512 };
         Ok(Self {
             file,
             path,
             access,
             is_block_device,
             size: AtomicU64::new(size),
+            sector_size,
+            holes: Holes::default(),
+            direct: None,
             lock: Mutex::new(None),
         })
     }
@@ -120,6 +137,21 @@ impl RawFile {
     /// Whether it is a block device, whose size cannot change.
     pub fn is_block_device(&self) -> bool {
         self.is_block_device
+    }
+
+    /// Bytes in which space can be given back by a discard; `None` if it cannot.
+    pub fn discard_granularity(&self) -> Option<u64> {
+        let stat = rustix::fs::fstat(&self.file).ok()?;
+        if !self.is_block_device {
+            return u64::try_from(stat.st_blksize).ok().filter(|bytes| *bytes > 0);
+        }
+        let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+        // A partition has no queue of its own: its disk's is one folder above.
+        [".", ".."].iter().find_map(|up| {
+            let name = format!("/sys/dev/block/{major}:{minor}/{up}/queue/discard_granularity");
+            let text = std::fs::read_to_string(name).ok()?;
+            text.trim().parse().ok().filter(|bytes| *bytes > 0)
+        })
     }
 
     /// Tells the kernel that the file will be read from front to back.

@@ -7,9 +7,13 @@
 #![deny(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod allocation;
 mod device;
+mod direct;
 mod file;
+mod holes;
 mod lock;
 
+pub use allocation::Preallocation;
 pub use file::{Access, RawFile};
 pub use lock::{ImageLock, LockConflict, Permission};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Image locks, among ourselves and with QEMU's tools, both ways.
-
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "failing is what tests do")]
+
 use std::error::Error as _;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A raw file behaves as a device in memory does, whatever is done to it.
+#![allow(clippy::unwrap_used, reason = "failing is what tests do")]
 
 use proptest::prelude::*;
 use std::io::{IoSlice, IoSliceMut};
@@ -53,17 +54,18 @@ fn apply(device: &dyn Storage, op: &Op) -> std::result::Result<(), ErrorKind> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
-    fn same_bytes_as_memory(ops in prop::collection::vec(op(), 1..25)) {
+    fn same_bytes_as_memory(ops in prop::collection::vec(op(), 1..25), direct: bool) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
-        let file = RawFile::create(&path, SIZE).unwrap();
+        let file = maybe_direct(RawFile::create(&path, SIZE).unwrap(), direct);
         let model = MemoryDevice::new(vec![0; usize::try_from(SIZE).unwrap()]);
         for op in &ops {
             prop_assert_eq!(apply(&file, op), apply(&model, op), "{:?}", op);
+            check_extents(&file, &model.snapshot());
         }
         file.flush().unwrap();
         drop(file);
-        let file = RawFile::open(&path, Access::ReadOnly).unwrap();
+        let file = maybe_direct(RawFile::open(&path, Access::ReadOnly).unwrap(), direct);
         let expected = model.snapshot();
         let mut bytes = vec![1; expected.len()];
         file.read_at(&mut bytes, 0).unwrap();
@@ -74,16 +76,83 @@ proptest! {
         file.read_vectored_at(&mut [IoSliceMut::new(a), IoSliceMut::new(b)], 0).unwrap();
         prop_assert!(parts == expected);
 
-        let mut covered = 0;
-        for run in Extents::new(&file, Span::new(0, u64::MAX)) {
-            let (span, kind) = run.unwrap();
-            prop_assert_eq!(span.start, covered);
-            covered = span.end();
-            let range = usize::try_from(span.start).unwrap()..usize::try_from(covered).unwrap();
-            prop_assert!(!kind.reads_zero() || is_zero(&expected[range]));
-        }
-        prop_assert_eq!(covered, file.size());
+        check_extents(&file, &expected);
     }
+}
+
+/// The extents cover the file, and are right about zeroes.
+fn check_extents(file: &RawFile, expected: &[u8]) {
+    let mut covered = 0;
+    for run in Extents::new(file, Span::new(0, u64::MAX)) {
+        let (span, kind) = run.unwrap();
+        assert_eq!(span.start, covered);
+        covered = span.end();
+        let range = usize::try_from(span.start).unwrap()..usize::try_from(covered).unwrap();
+        assert!(!kind.reads_zero() || is_zero(&expected[range]), "{span:?}");
+    }
+    assert_eq!(covered, file.size());
+}
+
+/// The file with direct I/O, if that is wanted and the test's file system has it.
+fn maybe_direct(file: RawFile, direct: bool) -> RawFile {
+    if !direct {
+        return file;
+    }
+    let (path, read_only) = (file.path().to_owned(), file.is_read_only());
+    file.into_direct().unwrap_or_else(|error| {
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        eprintln!("skipped: direct I/O: {error}");
+        let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+        RawFile::open(&path, access).unwrap()
+    })
+}
+
+#[test]
+fn holes_are_found_from_any_offset_and_in_any_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let file = RawFile::create(&path, 40 * 65_536).unwrap();
+    let mut expected = vec![0; 40 * 65_536];
+    for page in (1..40).step_by(3) {
+        let at = page * 65_536;
+        file.write_at(&vec![7; 65_536], at).unwrap();
+        let at = usize::try_from(at).unwrap();
+        expected[at..at + 65_536].fill(7);
+    }
+    file.flush().unwrap();
+    check_extents(&file, &expected);
+    for step in [1_u64, 7, 39] {
+        for turn in 0..80 {
+            let offset = turn * step * 32_768 % file.size();
+            let extent = file.extent_at(offset).unwrap();
+            let start = usize::try_from(offset).unwrap();
+            let end = start + usize::try_from(extent.len).unwrap();
+            assert!(!extent.kind.reads_zero() || is_zero(&expected[start..end]), "{offset}");
+            assert!(extent.kind.reads_zero() || extent.offset == Some(offset));
+        }
+    }
+}
+
+#[test]
+fn the_kernel_copies_from_file_to_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = RawFile::create(&folder.path().join("a"), 100_000).unwrap();
+    source.write_at(&vec![5; 70_000], 20_000).unwrap();
+    let target = RawFile::create(&folder.path().join("b"), 120_000).unwrap();
+    let options = tranship_block::CopyOptions {
+        zero_block: 0,
+        target_is_zero: true,
+        ..tranship_block::CopyOptions::default()
+    };
+    let copied = tranship_block::copy(&source, &target, &options, &()).unwrap();
+    assert!(copied.bytes_offloaded >= 70_000 || copied.bytes_written >= 70_000, "{copied:?}");
+    let mut bytes = vec![1; 120_000];
+    target.read_at(&mut bytes, 0).unwrap();
+    assert!(is_zero(&bytes[..20_000]) && is_zero(&bytes[90_000..]));
+    assert!(bytes[20_000..90_000].iter().all(|byte| *byte == 5));
+    let range = source.file_range(0).unwrap();
+    let error = target.write_from_file(30_000, &range).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
 }
 
 #[test]

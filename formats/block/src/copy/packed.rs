@@ -50,7 +50,12 @@ pub fn copy_packed(
     }
     check(&CopyOptions { target_is_zero: false, ..*options }, source.size())?;
     let unit = u64::from(target.unit()).max(512);
-    let end = source.size().checked_next_multiple_of(unit).unwrap_or(u64::MAX).min(target.size());
+    let end = if options.deepest.is_some() {
+        // The backing image would show behind the source's end.
+        target.size()
+    } else {
+        source.size().checked_next_multiple_of(unit).unwrap_or(u64::MAX).min(target.size())
+    };
     let chunk = options.chunk.min(LONGEST_CHUNK);
     let grid = grid(&CopyOptions { chunk, ..*options }, unit);
     let CopyOptions { start, deepest, salvage, .. } = *options;

@@ -2,7 +2,7 @@
 //! Getting what can be got out of a disk that cannot be read everywhere.
 
 use super::piece::{Done, length};
-use super::work::is_damage;
+use super::work::{floor, is_damage};
 use crate::{BlockDevice, Result, Span};
 
 /// Fills `buf`; what cannot be read is narrowed to pieces of `unit` bytes, which become
@@ -20,11 +20,11 @@ pub(super) fn read_around_damage(
         Err(error) => return Err(error),
     };
     let span = Span::new(offset, length(buf));
-    if span.len > unit {
+    if floor(offset, unit).saturating_add(unit) < span.end() {
         // The first half, rounded up to units counted from byte 0 of the disk.
         let middle = offset.saturating_add(span.len.checked_div(2).unwrap_or(0));
         let middle = middle.checked_next_multiple_of(unit).unwrap_or(middle);
-        // More than a unit always has a multiple of it inside.
+        // There is a multiple of it inside, if only one.
         let middle = if middle < span.end() { middle } else { middle.saturating_sub(unit) };
         let first = usize::try_from(middle.saturating_sub(offset)).unwrap_or(usize::MAX);
         if let Some((left, right)) = buf.split_at_mut_checked(first) {

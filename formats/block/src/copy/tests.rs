@@ -2,6 +2,9 @@
 //! Copies of devices that fail, lie down and get up again.
 #![allow(clippy::arithmetic_side_effects, reason = "the numbers are the test's own")]
 
+mod combinations;
+mod packed;
+
 use super::*;
 use crate::{Error, ErrorKind, Extent, ExtentKind, MemoryDevice, Zeroing};
 use proptest::prelude::*;

@@ -161,8 +161,9 @@ impl Work {
 
     fn ask(&self, source: &dyn BlockDevice, at: u64) -> Result<(Kind, u64)> {
         let size = source.size();
+        let zero = if self.plan.zeroes_are_data { Kind::Data } else { Kind::Zero };
         if at >= size {
-            return Ok((Kind::Zero, u64::MAX));
+            return Ok((zero, u64::MAX));
         }
         let extent = match source.extent_at(at) {
             Ok(extent) if extent.len == 0 => {
@@ -174,8 +175,8 @@ impl Work {
             Ok(extent) => {
                 let kind = if self.plan.deepest.is_some_and(|deepest| extent.depth > deepest) {
                     Kind::Skip
-                } else if extent.kind.reads_zero() && !self.plan.zeroes_are_data {
-                    Kind::Zero
+                } else if extent.kind.reads_zero() {
+                    zero
                 } else {
                     Kind::Data
                 };

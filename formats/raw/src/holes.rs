@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Where a file has data, asked for as seldom as possible.
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use std::fs::File;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tranship_block::{ExtentKind, Span};
+
+/// The last answer about a file. Each run of data or nothing costs one seek when the file
+/// is walked: where one ends, the other begins.
+#[derive(Debug, Default)]
+pub(crate) struct Holes {
+    last: Mutex<Option<Answer>>,
+    /// Counts changes of the file: an answer from before the last one is worth nothing.
+    changes: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    span: Span,
+    kind: ExtentKind,
+    changes: u64,
+}
+
+impl Holes {
+    /// Something is written, cut or given back; told before it happens and afterwards.
+    pub(crate) fn forget(&self) {
+        self.changes.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// What is at `offset`, and up to where; the file has `size` bytes.
+    pub(crate) fn at(
+        &self,
+        file: &File,
+        offset: u64,
+        size: u64,
+    ) -> std::result::Result<(ExtentKind, u64), Errno> {
+        let changes = self.changes.load(Ordering::Acquire);
+        let last = self.last.lock().map_or(None, |last| *last);
+        let last = last.filter(|last| last.changes == changes && last.span.start <= offset);
+        if let Some(last) = last.filter(|last| offset < last.span.end()) {
+            return Ok((last.kind, last.span.end()));
+        }
+        let before = last.filter(|last| last.span.end() == offset).map(|last| last.kind);
+        let (kind, end, certain) = ask(file, offset, size, before)?;
+        let end = end.clamp(offset.saturating_add(1), size);
+        if certain && let Ok(mut last) = self.last.lock() {
+            let span = Span::new(offset, end.saturating_sub(offset));
+            *last = Some(Answer { span, kind, changes });
+        }
+        Ok((kind, end))
+    }
+}
+
+/// Asks the file system; `before` is what ends at `offset`, if that is known. The last
+/// value is false if the file system keeps no map.
+fn ask(
+    file: &File,
+    offset: u64,
+    size: u64,
+    before: Option<ExtentKind>,
+) -> std::result::Result<(ExtentKind, u64, bool), Errno> {
+    if before != Some(ExtentKind::Hole) {
+        match rustix::fs::seek(file, SeekFrom::Data(offset)) {
+            Ok(start) if start > offset => return Ok((ExtentKind::Hole, start, true)),
+            Ok(_) => {}
+            Err(Errno::NXIO) => return Ok((ExtentKind::Hole, size, true)),
+            // A block device, or a file system that keeps no map: all of it is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => {
+                return Ok((ExtentKind::Data, size, false));
+            }
+            Err(errno) => return Err(errno),
+        }
+    }
+    let end = rustix::fs::seek(file, SeekFrom::Hole(offset));
+    Ok((ExtentKind::Data, end.unwrap_or(size), end.is_ok()))
+}
