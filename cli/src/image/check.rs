@@ -7,10 +7,9 @@ use super::source::{self, Opening, Output};
 use crate::args::image::CheckArgs;
 use crate::failure::Failure;
 use crate::stdout;
-use std::ffi::OsStr;
 use std::fmt::Write;
 use tranship_block::{CheckReport, Repair};
-use tranship_formats::{Format, Layer, Spec};
+use tranship_formats::{Format, Layer};
 
 /// Exit code for formats in which there is nothing to check.
 const NO_CHECKS: u8 = 63;
@@ -29,9 +28,23 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
     };
     let name = source::one(&args.names, "check", console)?;
     source::cache(args.cache.as_deref(), "source ")?;
-    let job = Job { args, name, repair, console };
-    let (spec, format) = job.format()?;
-    let mut report = job.check(&spec, format, repair)?;
+    let opening = Opening {
+        writable: repair != Repair::Nothing,
+        force_share: args.force_share,
+        ..Opening::reading(&args.naming, args.format.format.as_deref())
+    };
+    let source = opening.open_file(name, console)?;
+    let format = source.opened.format;
+    let check = |repair| {
+        let report = source.opened.layers.first().map_or(Ok(None), |layer| examine(layer, repair));
+        let report = report.map_err(|failure: Failure| failure.within("Check failed"))?;
+        let report = report.ok_or_else(|| {
+            Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
+        })?;
+        report.details.iter().for_each(|detail| stdout::complain(detail));
+        Ok::<_, Failure>(report)
+    };
+    let mut report = check(repair)?;
     let fixed = (report.corruptions_fixed, report.leaks_fixed);
     if fixed != (0, 0) {
         if output == Output::Human && !args.quiet {
@@ -42,7 +55,7 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
                 fixed.1, fixed.0
             ))?;
         }
-        report = job.check(&spec, format, Repair::Nothing)?;
+        report = check(Repair::Nothing)?;
         (report.corruptions_fixed, report.leaks_fixed) = fixed;
     }
     if !args.quiet {
@@ -60,60 +73,10 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
     })
 }
 
-struct Job<'a> {
-    args: &'a CheckArgs,
-    name: &'a OsStr,
-    repair: Repair,
-    console: Console,
-}
-
-impl Job<'_> {
-    fn opening(&self) -> Opening<'_> {
-        Opening {
-            alone: true,
-            force_share: self.args.force_share,
-            ..Opening::reading(&self.args.naming, self.args.format.format.as_deref())
-        }
-    }
-
-    /// What is to be checked. The disk is closed again: whoever mends an image must be the
-    /// only one who knows what is in it.
-    fn format(&self) -> Result<(Spec, Format), Failure> {
-        let source = self.opening().open(self.name, self.console)?;
-        let is_guess = self.args.format.format.is_none() && source.spec.format.is_none();
-        if is_guess && source.opened.format == Format::Raw && self.repair != Repair::Nothing {
-            self.console.warn_of_guessed_raw(&source.name);
-        }
-        Ok((source.spec, source.opened.format))
-    }
-
-    /// Checks the image's bytes, whatever the disk in them is like.
-    fn check(&self, spec: &Spec, format: Format, repair: Repair) -> Result<CheckReport, Failure> {
-        if format == Format::Raw {
-            return Err(
-                Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
-            );
-        }
-        let opening = Opening { writable: repair != Repair::Nothing, ..self.opening() };
-        let spec = Spec { format: Some(Format::Raw), ..spec.clone() };
-        let source = opening.open_as(self.name, spec, self.console)?;
-        let layer = source.opened.layers.first();
-        let report = layer
-            .map_or(Ok(None), |layer| examine(layer, format, repair))
-            .map_err(|failure| failure.within("Check failed"))?;
-        let Some(report) = report else {
-            return Err(
-                Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
-            );
-        };
-        report.details.iter().for_each(|detail| stdout::complain(detail));
-        Ok(report)
-    }
-}
-
-/// Checks the file of `layer` as `format`; `None` if the format has no checks.
-fn examine(layer: &Layer, format: Format, repair: Repair) -> Result<Option<CheckReport>, Failure> {
-    let report = match (format, &layer.storage) {
+/// Checks the bytes in `layer`, whatever the disk in them is like; `None` if the format has no
+/// checks.
+fn examine(layer: &Layer, repair: Repair) -> Result<Option<CheckReport>, Failure> {
+    let report = match (layer.format, &layer.storage) {
         (Format::Qcow2, Some(storage)) => tranship_qcow2::check(&**storage, repair),
         (Format::Qcow2, None) => tranship_qcow2::check_read_only(&layer.file),
         _ => return Ok(None),

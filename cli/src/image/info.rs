@@ -14,6 +14,7 @@ use crate::failure::Failure;
 use crate::stdout;
 use facts::{Child, Facts};
 use std::fmt::Write;
+use tranship_formats::Format;
 
 /// Shows what the image is.
 pub(crate) fn run(args: &InfoArgs, console: Console) -> Result<u8, Failure> {
@@ -25,7 +26,12 @@ pub(crate) fn run(args: &InfoArgs, console: Console) -> Result<u8, Failure> {
         salvage: args.reading.salvage,
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
-    let source = opening.open(name, console)?;
+    let source = opening.open_file(name, console)?;
+    // What a QCOW2 image is can be told without the passphrase or parent that its disk needs.
+    let source = match source.opened.format {
+        Format::Qcow2 if !args.backing_chain => source,
+        _ => opening.open(name, console)?,
+    };
     let layers = if args.backing_chain { source.opened.layers.len() } else { 1 };
     let facts = gather(&source, layers)?;
     let text = match output {

@@ -11,6 +11,7 @@ use crate::stdout;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use std::fmt::Write;
+use std::time::SystemTime;
 use tranship_formats::{Format, Layer};
 use tranship_qcow2::Snapshot;
 
@@ -138,28 +139,44 @@ pub(crate) fn run(args: &SnapshotArgs, console: Console) -> Result<u8, Failure> 
     let name = source::one(&args.names, "snapshot", console)?;
     let opening = Opening {
         writable: !matches!(operation, Operation::List),
-        alone: true,
         force_share: args.force_share,
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
-    let source = opening.open(name, console)?;
-    let layer = source.opened.layers.first();
-    match operation {
+    let source = opening.open_file(name, console)?;
+    let Some(layer) = source.opened.layers.first() else { return Ok(0) };
+    let (doing, name) = match operation {
         Operation::List => {
-            let snapshots = layer.map_or(Ok(Vec::new()), list)?;
+            let snapshots = list(layer)?;
             if !snapshots.is_empty() {
                 stdout::print(&table(&snapshots))?;
             }
-            Ok(0)
+            return Ok(0);
         }
+        Operation::Create(name) => ("create", name),
+        Operation::Apply(name) => ("apply", name),
+        Operation::Delete(name) => ("delete", name),
+    };
+    change(layer, operation)
+        .map_err(|failure| failure.within(format!("Could not {doing} snapshot '{name}'")))?;
+    Ok(0)
+}
+
+fn change(layer: &Layer, operation: &Operation<'_>) -> Result<(), Failure> {
+    let storage = match (layer.format, &layer.storage) {
+        (Format::Qcow2, Some(storage)) => &**storage,
+        (format, _) => {
+            return Err(Failure::usage(format!("images of format {format} have no snapshots")));
+        }
+    };
+    match operation {
+        Operation::List => {}
         Operation::Create(name) => {
-            Err(Failure::usage(format!("Could not create snapshot '{name}'")))
+            tranship_qcow2::create_snapshot(storage, name, SystemTime::now())?;
         }
-        Operation::Apply(name) => Err(Failure::usage(format!("Could not apply snapshot '{name}'"))),
-        Operation::Delete(name) => {
-            Err(Failure::usage(format!("Could not delete snapshot '{name}'")))
-        }
+        Operation::Apply(wanted) => tranship_qcow2::apply_snapshot(storage, wanted)?,
+        Operation::Delete(wanted) => tranship_qcow2::delete_snapshot(storage, wanted)?,
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -54,9 +54,7 @@ impl<'a> Opening<'a> {
     ///
     /// Everything that is wrong with the name, the image, or what it is based on.
     pub(crate) fn open(&self, name: &OsStr, console: Console) -> Result<Source, Failure> {
-        if self.naming.image_opts && self.format.is_some() {
-            return Err(Failure::usage("--image-opts and --format are mutually exclusive"));
-        }
+        self.check_options()?;
         let shown = name.to_string_lossy().into_owned();
         let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
         let format = self.format.map(format_named).transpose().map_err(failed)?;
@@ -64,18 +62,42 @@ impl<'a> Opening<'a> {
         self.open_spec(shown, spec, format, console)
     }
 
-    /// The same for an image whose name has been understood already.
+    /// Opens the file of the image called `name`, and finds out its format, without opening
+    /// the disk in it: for commands that need no passphrase, data file or parent.
+    ///
+    /// The only layer is the file with the image's format.
     ///
     /// # Errors
     ///
-    /// As [`Self::open`].
-    pub(crate) fn open_as(
-        &self,
-        name: &OsStr,
-        spec: Spec,
-        console: Console,
-    ) -> Result<Source, Failure> {
-        self.open_spec(name.to_string_lossy().into_owned(), spec, None, console)
+    /// As [`Self::open`], but nothing about the disk.
+    pub(crate) fn open_file(&self, name: &OsStr, console: Console) -> Result<Source, Failure> {
+        let shown = name.to_string_lossy().into_owned();
+        let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
+        self.check_options()?;
+        let given = self.format.map(format_named).transpose().map_err(failed)?;
+        let spec = self.spec(name).map_err(failed)?;
+        let given = spec.format.or(given);
+        let as_bytes = Spec { format: Some(Format::Raw), ..spec.clone() };
+        let mut source = self.open_spec(shown.clone(), as_bytes, None, console)?;
+        source.spec = spec;
+        let Some(layer) = source.opened.layers.first_mut() else { return Ok(source) };
+        layer.format = match given {
+            Some(format) => format,
+            None => tranship_formats::probe(&layer.file, &layer.path)
+                .map_err(|error| failed(Failure::from(error)))?,
+        };
+        source.opened.format = layer.format;
+        if self.writable && given.is_none() && layer.format == Format::Raw {
+            console.warn_of_guessed_raw(&shown);
+        }
+        Ok(source)
+    }
+
+    fn check_options(&self) -> Result<(), Failure> {
+        if self.naming.image_opts && self.format.is_some() {
+            return Err(Failure::usage("--image-opts and --format are mutually exclusive"));
+        }
+        Ok(())
     }
 
     fn open_spec(

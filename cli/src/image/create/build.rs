@@ -195,7 +195,8 @@ pub(crate) fn qcow2_preallocation(options: &Options) -> Result<Preallocation, Fa
 /// Makes the file that the new image keeps its data in.
 fn data_file(image: &Path, name: &str, size: u64) -> Result<Arc<dyn Storage>, Failure> {
     let path = source::beside(image, name);
-    let raw = Create::Raw { size: size.next_multiple_of(512), preallocation: RawPreallocation::Off };
+    let raw =
+        Create::Raw { size: size.next_multiple_of(512), preallocation: RawPreallocation::Off };
     tranship_formats::create(&Spec::from_path(&path), &raw)?;
     Ok(Arc::new(RawFile::open(&path, Access::ReadWrite)?))
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! From options to images of the formats of other hypervisors.
 
+use crate::args::image::Naming;
 use crate::failure::Failure;
+use crate::image::console::Console;
 use crate::image::options::Options;
 use crate::image::source::{self, Opening};
-use crate::args::image::Naming;
-use crate::image::console::Console;
 use crate::personality::Personality;
 use std::path::Path;
 use tranship_formats::{Disk, Spec};
@@ -43,7 +43,8 @@ pub(super) fn vhdx(size: u64, options: &Options) -> Result<tranship_vhdx::Create
     no_preallocation(options)?;
     let mut create = tranship_vhdx::CreateOptions::new(size);
     let narrow = |name: &str, value: u64| {
-        u32::try_from(value).map_err(|_| Failure::usage(format!("{name} of {value} bytes is too large")))
+        u32::try_from(value)
+            .map_err(|_| Failure::usage(format!("{name} of {value} bytes is too large")))
     };
     if let Some(log) = options.number("log_size") {
         create.log_size = narrow("log_size", log)?;

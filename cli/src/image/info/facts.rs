@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use tranship_block::BlockDevice;
 use tranship_formats::{Disk, Format, Layer};
-use tranship_qcow2::{Compression, Qcow2};
+use tranship_qcow2::{Bitmap, Compression, Header};
 use tranship_vmdk::{ExtentType, Vmdk};
 
 /// The smallest step of a disk's size.
@@ -77,8 +77,9 @@ impl Facts {
             children: vec![file],
         };
         match &layer.disk {
-            Disk::Qcow2(disk) => facts.add_qcow2(disk, layer)?,
+            _ if layer.format == Format::Qcow2 => facts.add_qcow2(layer)?,
             Disk::Vmdk(disk) => facts.add_vmdk(disk, layer),
+            Disk::Vpc(disk) => facts.cluster_size = disk.block_size().map(u64::from),
             _ => {}
         }
         let sizes = facts.children.iter().map(|child| child.actual_size);
@@ -86,8 +87,10 @@ impl Facts {
         Ok(facts)
     }
 
-    fn add_qcow2(&mut self, disk: &Qcow2, layer: &Layer) -> Result<(), Failure> {
-        let header = disk.header();
+    /// All from the file itself: the disk may need a passphrase or a parent to be opened.
+    fn add_qcow2(&mut self, layer: &Layer) -> Result<(), Failure> {
+        let header = Header::read(&layer.file)?;
+        self.virtual_size = header.size.next_multiple_of(SECTOR);
         self.cluster_size = Some(1 << header.cluster_bits);
         self.is_encrypted = header.crypt_method != 0;
         self.is_dirty = Some(header.is_dirty());
@@ -112,6 +115,10 @@ impl Facts {
                 .set_some("data-file", header.data_file.as_deref())
                 .set("corrupt", header.is_marked_corrupt())
                 .set("extended-l2", header.has_extended_l2());
+        }
+        let bitmaps = tranship_qcow2::bitmaps(&layer.file)?;
+        if !bitmaps.is_empty() {
+            data.set("bitmaps", bitmaps.iter().map(bitmap).collect::<Vec<_>>());
         }
         if header.has_data_file() {
             data.set("data-file-raw", header.is_data_file_raw());
@@ -164,6 +171,17 @@ impl Child {
             actual_size: std::fs::metadata(path).ok().map(|facts| facts.blocks() * 512),
         }
     }
+}
+
+fn bitmap(bitmap: &Bitmap) -> Json {
+    let flags = [(bitmap.is_in_use, "in-use"), (bitmap.is_enabled, "auto")];
+    let flags = flags.iter().filter(|(is_set, _)| *is_set).map(|(_, name)| Json::from(*name));
+    let mut object = Object::default();
+    object
+        .set("name", bitmap.name.as_str())
+        .set("granularity", bitmap.granularity)
+        .set("flags", flags.collect::<Vec<_>>());
+    object.into()
 }
 
 fn extent_type(kind: ExtentType) -> &'static str {
