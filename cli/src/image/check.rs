@@ -4,12 +4,15 @@
 use super::console::Console;
 use super::json::{Json, Object};
 use super::source::{self, Opening, Output};
-use crate::args::image::CheckArgs;
+use crate::args::image::{CheckArgs, Naming};
 use crate::failure::Failure;
 use crate::stdout;
 use std::fmt::Write;
-use tranship_block::{CheckReport, Repair};
-use tranship_formats::{Format, Layer};
+use std::sync::Arc;
+use tranship_block::{CheckReport, Repair, Request, Storage};
+use tranship_formats::{FolderGate, Format, Layer};
+use tranship_raw::{Access, RawFile};
+use tranship_vmdk::ExtentFiles;
 
 /// Exit code for formats in which there is nothing to check.
 const NO_CHECKS: u8 = 63;
@@ -36,7 +39,11 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
     let source = opening.open_file(name, console)?;
     let format = source.opened.format;
     let check = |repair| {
-        let report = source.opened.layers.first().map_or(Ok(None), |layer| examine(layer, repair));
+        let report = source
+            .opened
+            .layers
+            .first()
+            .map_or(Ok(None), |layer| examine(layer, &args.naming, repair));
         let report = report.map_err(|failure: Failure| failure.within("Check failed"))?;
         let report = report.ok_or_else(|| {
             Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
@@ -75,13 +82,42 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
 
 /// Checks the bytes in `layer`, whatever the disk in them is like; `None` if the format has no
 /// checks.
-fn examine(layer: &Layer, repair: Repair) -> Result<Option<CheckReport>, Failure> {
-    let report = match (layer.format, &layer.storage) {
-        (Format::Qcow2, Some(storage)) => tranship_qcow2::check(&**storage, repair),
-        (Format::Qcow2, None) => tranship_qcow2::check_read_only(&layer.file),
+fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<CheckReport>, Failure> {
+    let storage: Arc<dyn Storage> = match &layer.storage {
+        Some(storage) => Arc::clone(storage),
+        // Whoever only looks has a file as well: nothing is written without repairs.
+        None if layer.path.exists() => Arc::new(RawFile::open(&layer.path, Access::ReadOnly)?),
+        None if layer.format == Format::Qcow2 => {
+            return Ok(Some(tranship_qcow2::check_read_only(&layer.file)?));
+        }
+        None => return Ok(None),
+    };
+    let report = match layer.format {
+        Format::Qcow2 => tranship_qcow2::check(&*storage, repair),
+        Format::Vhdx => tranship_vhdx::check(&*storage, repair),
+        Format::Vpc => tranship_vpc::check(&*storage, repair),
+        Format::Vmdk => {
+            let files = Parts(FolderGate::beside(&layer.path, &naming.allow_path));
+            tranship_vmdk::check(&*storage, &files, repair)
+        }
         _ => return Ok(None),
     };
     Ok(Some(report?))
+}
+
+/// The files of a VMDK besides its first one.
+#[derive(Debug)]
+struct Parts(FolderGate);
+
+impl ExtentFiles for Parts {
+    fn open(&self, name: &str, writable: bool) -> tranship_block::Result<Arc<dyn Storage>> {
+        let request = Request { name, role: "VMDK extent", writable };
+        Ok(Arc::new(self.0.open_file(request)?))
+    }
+
+    fn create(&self, name: &str, _size: u64) -> tranship_block::Result<Arc<dyn Storage>> {
+        Err(tranship_block::Error::usage(format!("checking makes no file {name:?}")))
+    }
 }
 
 /// Whether qemu-img counts the clusters of this format.

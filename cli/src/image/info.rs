@@ -2,6 +2,7 @@
 //! `image info`: what an image is.
 
 mod facts;
+mod luks;
 mod name;
 
 use super::console::Console;
@@ -27,9 +28,9 @@ pub(crate) fn run(args: &InfoArgs, console: Console) -> Result<u8, Failure> {
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
     let source = opening.open_file(name, console)?;
-    // What a QCOW2 image is can be told without the passphrase or parent that its disk needs.
+    // What these are can be told without the passphrase or parent that their disks need.
     let source = match source.opened.format {
-        Format::Qcow2 if !args.backing_chain => source,
+        Format::Raw | Format::Qcow2 | Format::Luks if !args.backing_chain => source,
         _ => opening.open(name, console)?,
     };
     let layers = if args.backing_chain { source.opened.layers.len() } else { 1 };

@@ -6,11 +6,14 @@ use super::create::preallocation;
 use super::options::{NO_SIZE, SUFFIXES};
 use super::sizes;
 use super::source::{self, Opening, Source};
-use crate::args::image::ResizeArgs;
+use crate::args::image::{Naming, ResizeArgs};
 use crate::failure::Failure;
 use crate::stdout;
-use tranship_block::{Span, Zeroing};
-use tranship_formats::{Disk, Layer};
+use std::sync::Arc;
+use tranship_block::{BlockDevice, Span, Zeroing};
+use tranship_formats::{Disk, Format, Layer};
+use tranship_qcow2::{Preallocation, ResizeOptions};
+use tranship_vhdx::Shrink;
 
 /// What is lost by shrinking.
 const LOSS: &str = "Shrinking an image will delete all data beyond the shrunken image's end. \
@@ -35,8 +38,12 @@ pub(crate) fn run(args: &ResizeArgs, console: Console) -> Result<u8, Failure> {
         return Err(Failure::usage(format!("Invalid preallocation mode '{mode}'")));
     }
     let opening = Opening::writing(&args.naming, args.format.format.as_deref());
-    let source = opening.open(name, console)?;
-    let old = source.opened.device.size().next_multiple_of(512);
+    let mut source = opening.open_file(name, console)?;
+    // The others are resized by their disks.
+    if !matches!(source.opened.format, Format::Raw | Format::Qcow2) {
+        source = opening.open(name, console)?;
+    }
+    let old = size_of(&source)?.next_multiple_of(512);
     let new = match size {
         Size::To(size) => Some(size),
         Size::By(more) => old.checked_add(more),
@@ -52,11 +59,33 @@ pub(crate) fn run(args: &ResizeArgs, console: Console) -> Result<u8, Failure> {
         console.warn(LOSS);
         return Err(Failure::usage("Use the --shrink option to perform a shrink operation."));
     }
-    resize(&source, Span::new(old, new.saturating_sub(old)), new, mode)?;
+    let change = Change { old, new, mode };
+    resize(&source, &args.naming, change, console)?;
     if !args.quiet {
         stdout::print("Image resized.\n")?;
     }
     Ok(0)
+}
+
+/// What is to become of a disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change<'a> {
+    /// Bytes that it has.
+    pub(crate) old: u64,
+    /// Bytes that it is to have; what lies beyond is lost.
+    pub(crate) new: u64,
+    /// How new space is reserved.
+    pub(crate) mode: &'a str,
+}
+
+/// Bytes of the disk in the image.
+pub(crate) fn size_of(source: &Source) -> Result<u64, Failure> {
+    match source.opened.layers.first() {
+        Some(layer) if layer.format == Format::Qcow2 => {
+            Ok(tranship_qcow2::Header::read(&layer.file)?.size)
+        }
+        _ => Ok(source.opened.device.size()),
+    }
 }
 
 fn parse(text: &str) -> Result<Size, Failure> {
@@ -74,25 +103,60 @@ fn parse(text: &str) -> Result<Size, Failure> {
     })
 }
 
-fn resize(source: &Source, added: Span, new: u64, mode: &str) -> Result<(), Failure> {
+/// Resizes the disk in an image.
+pub(crate) fn resize(
+    source: &Source,
+    naming: &Naming,
+    change: Change<'_>,
+    console: Console,
+) -> Result<(), Failure> {
     let cannot = || Failure::usage("Image format driver does not support resize");
-    let Some(Layer { disk, storage: Some(storage), .. }) = source.opened.layers.first() else {
-        return Err(cannot());
-    };
-    match disk {
+    let Some(layer) = source.opened.layers.first() else { return Err(cannot()) };
+    let Some(storage) = &layer.storage else { return Err(cannot()) };
+    if layer.format == Format::Qcow2 {
+        let options = ResizeOptions {
+            allow_shrink: true,
+            preallocation: match change.mode {
+                "metadata" => Preallocation::Metadata,
+                "falloc" => Preallocation::Falloc,
+                "full" => Preallocation::Full,
+                _ => Preallocation::Off,
+            },
+            backing: backing(layer, naming, console)?,
+        };
+        return Ok(tranship_qcow2::resize(storage, change.new, &options)?);
+    }
+    if change.mode == "metadata" || change.mode != "off" && layer.format != Format::Raw {
+        return Err(Failure::usage(format!("Unsupported preallocation mode: {}", change.mode)));
+    }
+    match &layer.disk {
         Disk::Raw(_) => {
-            if mode == "metadata" {
-                return Err(Failure::usage("Unsupported preallocation mode: metadata"));
-            }
-            storage.set_len(new)?;
-            if mode != "off" {
+            storage.set_len(change.new)?;
+            if change.mode != "off" {
+                let added = Span::new(change.old, change.new.saturating_sub(change.old));
                 storage.write_zeroes(added, Zeroing::KeepAllocated)?;
             }
             storage.flush()?;
-            Ok(())
         }
-        _ => Err(cannot()),
+        Disk::Vpc(disk) => disk.resize(change.new)?,
+        Disk::Vhdx(disk) => disk.resize(change.new, Shrink::LoseData)?,
+        _ => return Err(cannot()),
     }
+    Ok(())
+}
+
+/// What the image is based on: beyond the old end it must not appear.
+fn backing(
+    layer: &Layer,
+    naming: &Naming,
+    console: Console,
+) -> Result<Option<Arc<dyn BlockDevice>>, Failure> {
+    let header = tranship_qcow2::Header::read(&layer.file)?;
+    let Some(backing) = &header.backing else { return Ok(None) };
+    let path = source::beside(&layer.path, &backing.name);
+    let naming = Naming { image_opts: false, ..naming.clone() };
+    let opening = Opening::reading(&naming, backing.format.as_deref());
+    Ok(Some(opening.open(path.as_os_str(), console)?.opened.device))
 }
 
 #[cfg(test)]

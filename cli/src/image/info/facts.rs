@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What `info` tells about an image, gathered from its format.
 
+use super::luks;
 use super::name::by_kind;
 use crate::failure::Failure;
 use crate::image::json::{Json, Object};
@@ -8,9 +9,10 @@ use crate::image::snapshot::{self, Shown};
 use crate::image::source::{beside, shown};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use tranship_block::BlockDevice;
+use std::sync::Arc;
+use tranship_block::{BlockDevice, Slice, Span};
 use tranship_formats::{Disk, Format, Layer};
-use tranship_qcow2::{Bitmap, Compression, Header};
+use tranship_qcow2::{Bitmap, Compression, Encryption, Header};
 use tranship_vmdk::{ExtentType, Vmdk};
 
 /// The smallest step of a disk's size.
@@ -78,7 +80,9 @@ impl Facts {
         };
         match &layer.disk {
             _ if layer.format == Format::Qcow2 => facts.add_qcow2(layer)?,
+            _ if layer.format == Format::Luks => facts.add_luks(layer)?,
             Disk::Vmdk(disk) => facts.add_vmdk(disk, layer),
+            Disk::Vhdx(disk) => facts.cluster_size = Some(disk.block_size().into()),
             Disk::Vpc(disk) => facts.cluster_size = disk.block_size().map(u64::from),
             _ => {}
         }
@@ -120,10 +124,33 @@ impl Facts {
         if !bitmaps.is_empty() {
             data.set("bitmaps", bitmaps.iter().map(bitmap).collect::<Vec<_>>());
         }
+        match header.encryption() {
+            Some(Encryption::Luks { offset, len }) => {
+                let area: Arc<dyn BlockDevice> =
+                    Arc::new(Slice::new(Arc::clone(&layer.file), Span::new(offset, len))?);
+                let mut encrypt = luks::described(&tranship_luks::Header::read(&area)?);
+                encrypt.set("format", "luks");
+                data.set("encrypt", encrypt);
+            }
+            Some(Encryption::Aes) => {
+                let mut encrypt = Object::default();
+                encrypt.set("format", "aes");
+                data.set("encrypt", encrypt);
+            }
+            _ => {}
+        }
         if header.has_data_file() {
             data.set("data-file-raw", header.is_data_file_raw());
         }
         self.specific = Some(data);
+        Ok(())
+    }
+
+    fn add_luks(&mut self, layer: &Layer) -> Result<(), Failure> {
+        let header = tranship_luks::Header::read(&layer.file)?;
+        let rest = layer.file.size().saturating_sub(header.payload_offset);
+        self.virtual_size = header.payload_len.unwrap_or(rest);
+        self.specific = Some(luks::described(&header));
         Ok(())
     }
 
