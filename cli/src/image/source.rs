@@ -24,6 +24,8 @@ pub(crate) struct Opening<'a> {
     pub(crate) force_share: bool,
     /// Give zeroes for what is damaged.
     pub(crate) salvage: bool,
+    /// Go past the page cache.
+    pub(crate) direct: bool,
 }
 
 /// An open image as its user named it.
@@ -40,7 +42,7 @@ pub(crate) struct Source {
 impl<'a> Opening<'a> {
     /// To be read, with all that the image is based on.
     pub(crate) fn reading(naming: &'a Naming, format: Option<&'a str>) -> Self {
-        Self { naming, format, writable: false, alone: false, force_share: false, salvage: false }
+        Self { naming, format, writable: false, alone: false, force_share: false, salvage: false, direct: false }
     }
 
     /// To be changed.
@@ -116,6 +118,8 @@ impl<'a> Opening<'a> {
             guess_backing: true,
             without_backing: self.alone,
             salvage: self.salvage,
+            locking: if self.force_share { Locking::Shared } else { Locking::On },
+            direct: self.direct,
             secrets: secrets::parse(&self.naming.object)?,
         };
         if self.writable && self.force_share {

@@ -14,7 +14,7 @@ use tranship_block::{
     BlockDevice, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span, Storage,
 };
 use tranship_nbd::{Address, ClientOptions, Remote};
-use tranship_raw::{Access, RawFile};
+use tranship_raw::{Access, ImageLock, RawFile};
 
 /// Images in a chain: QEMU has no limit, and overflows its stack instead.
 const DEEPEST: usize = 64;
@@ -29,6 +29,18 @@ pub enum Trust {
     /// The parent of a QCOW2, VHD or VHDX image may be any regular file or block device,
     /// as users of `qemu-img` expect. Extents of a VMDK and data files stay in the folder.
     Parents,
+}
+
+/// How programs that use the same files are kept away: by the locks that QEMU takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Locking {
+    /// Not at all.
+    #[default]
+    Off,
+    /// Nobody else may write what is opened here, and nobody may use what is written.
+    On,
+    /// The same for what is written; what is only read may be written by others.
+    Shared,
 }
 
 /// How a disk is opened.
@@ -47,6 +59,10 @@ pub struct OpenOptions {
     pub guess_backing: bool,
     /// Open the first image alone: what it does not have itself reads as zero.
     pub without_backing: bool,
+    /// How programs that use the same files are kept away.
+    pub locking: Locking,
+    /// Go past the page cache.
+    pub direct: bool,
     /// Give what is there of a damaged image, with warnings, and zeroes for the rest.
     pub salvage: bool,
     /// Passphrases of encrypted images.
@@ -167,8 +183,11 @@ impl<'a> Walk<'a> {
         let (file, storage): (Arc<dyn BlockDevice>, Option<Arc<dyn Storage>>) = match &spec.place {
             crate::spec::Place::File(_) => {
                 let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-                let file = Arc::new(RawFile::open(path, access)?);
+                let file = RawFile::open(path, access)?;
                 self.remember(&file)?;
+                self.lock(&file, read_only)?;
+                let file = if self.options.direct { file.into_direct()? } else { file };
+                let file = Arc::new(file);
                 (file.clone(), Some(file))
             }
             crate::spec::Place::Null { size } => {
@@ -194,6 +213,17 @@ impl<'a> Walk<'a> {
         };
         let image = Image { file, storage, name: &spec.name, path, format, spec: Some(spec) };
         self.image(image, &place)
+    }
+
+    /// Takes the locks by which QEMU's programs keep out of each other's way.
+    fn lock(&self, file: &RawFile, read_only: bool) -> Result<()> {
+        let lock = match (self.options.locking, read_only) {
+            (Locking::Off, _) => return Ok(()),
+            (Locking::Shared, true) => ImageLock::ReadShared,
+            (_, true) => ImageLock::Read,
+            (_, false) => ImageLock::Write,
+        };
+        file.lock(lock).map(drop)
     }
 
     fn first_format(&mut self, file: &dyn BlockDevice, path: &Path) -> Result<Format> {
@@ -300,6 +330,7 @@ impl<'a> Walk<'a> {
                     _ => gate.open_file(request)?,
                 };
                 self.remember(&file)?;
+                self.lock(&file, true)?;
                 let path = file.path().to_owned();
                 let file: Arc<dyn BlockDevice> = Arc::new(file);
                 let format = below_format(&*file, &path, name, format)?;

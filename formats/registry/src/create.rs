@@ -4,12 +4,11 @@
 use crate::files::Beside;
 use crate::unflushed::Unflushed;
 use crate::{FolderGate, Format, Place, Spec};
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, PackedTarget, Result, Span, Storage, Zeroing};
+use tranship_block::{BlockDevice, Error, PackedTarget, Result, Storage};
 use tranship_qcow2::Qcow2;
-use tranship_raw::{Access, RawFile};
+use tranship_raw::{Access, ImageLock, Preallocation, RawFile};
 use tranship_vhdx::Vhdx;
 use tranship_vmdk::{Subformat, Vmdk};
 use tranship_vpc::Vpc;
@@ -23,7 +22,7 @@ pub enum Create {
         /// Bytes.
         size: u64,
         /// Space that is reserved for them.
-        preallocation: RawPreallocation,
+        preallocation: Preallocation,
     },
     /// A QCOW2 image.
     Qcow2(tranship_qcow2::CreateOptions),
@@ -33,18 +32,6 @@ pub enum Create {
     Vhdx(tranship_vhdx::CreateOptions),
     /// A VMDK disk, with all its files.
     Vmdk(tranship_vmdk::CreateOptions),
-}
-
-/// Space that is reserved for a new raw disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RawPreallocation {
-    /// None: all of it is a hole.
-    #[default]
-    Off,
-    /// All of it, without writing.
-    Falloc,
-    /// All of it, by writing zeroes.
-    Full,
 }
 
 impl Create {
@@ -70,41 +57,18 @@ pub fn create(spec: &Spec, what: &Create) -> Result<()> {
     let Place::File(path) = &spec.place else {
         return Err(Error::unsupported(format!("{} is no file to make an image in", spec.name)));
     };
-    let storage: Arc<dyn Storage> = emptied(path)?;
+    let storage = emptied(path, what, FillOptions { durable: true, ..FillOptions::default() })?;
     create_in(&storage, path, what).map_err(|error| error.in_file(path))
 }
 
 fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<()> {
     match what {
-        Create::Raw { size, preallocation } => {
-            storage.set_len(*size)?;
-            reserve(&**storage, *size, *preallocation)?;
-            storage.flush()
-        }
+        // Its space was reserved with its file.
+        Create::Raw { size, .. } => storage.set_len(*size),
         Create::Qcow2(options) => tranship_qcow2::create(&**storage, options),
         Create::Vpc(options) => tranship_vpc::create(&**storage, options),
         Create::Vhdx(options) => tranship_vhdx::create(&**storage, options),
         Create::Vmdk(options) => tranship_vmdk::create(&**storage, &beside(path), options),
-    }
-}
-
-fn reserve(storage: &dyn Storage, size: u64, preallocation: RawPreallocation) -> Result<()> {
-    match preallocation {
-        RawPreallocation::Off => Ok(()),
-        RawPreallocation::Falloc => {
-            storage.write_zeroes(Span::new(0, size), Zeroing::KeepAllocated)
-        }
-        RawPreallocation::Full => {
-            let zeroes = vec![0; 1 << 20];
-            let mut at = 0_u64;
-            while at < size {
-                let len = usize::try_from(size.saturating_sub(at)).unwrap_or(usize::MAX);
-                let piece = zeroes.get(..len).unwrap_or(&zeroes);
-                storage.write_at(piece, at)?;
-                at = at.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
-            }
-            Ok(())
-        }
     }
 }
 
@@ -119,6 +83,8 @@ pub struct FillOptions {
     pub resume: bool,
     /// A flush waits for the disk.
     pub durable: bool,
+    /// Go past the page cache.
+    pub direct: bool,
 }
 
 /// A new image that is being filled: until [`Self::finish`] it is none.
@@ -169,8 +135,8 @@ pub fn fill(
     options: FillOptions,
     backing: Option<Arc<dyn BlockDevice>>,
 ) -> Result<Filling> {
-    let file = if options.resume { existing(path)? } else { emptied(path)? };
-    let storage: Arc<dyn Storage> = if options.durable { file } else { Arc::new(Unflushed(file)) };
+    let storage =
+        if options.resume { existing(path, options)? } else { emptied(path, what, options)? };
     begin(storage, path, what, options, backing).map_err(|error| error.in_file(path))
 }
 
@@ -231,21 +197,24 @@ fn begin(
 }
 
 /// The file at `path` without its contents; it is made if it is not there.
-fn emptied(path: &Path) -> Result<Arc<dyn Storage>> {
-    if path.exists() {
-        // Looks at what it is before anything of it is lost.
-        let file = RawFile::open(path, Access::ReadWrite)?;
-        file.set_len(0)?;
-        return Ok(Arc::new(file));
-    }
-    let failed = |error| Error::io("cannot create", error).in_file(path);
-    let file =
-        File::options().read(true).write(true).create_new(true).open(path).map_err(failed)?;
-    Ok(Arc::new(RawFile::from_file(file, path, Access::ReadWrite)?))
+fn emptied(path: &Path, what: &Create, options: FillOptions) -> Result<Arc<dyn Storage>> {
+    let (size, space) = match what {
+        Create::Raw { size, preallocation } => (*size, *preallocation),
+        _ => (0, Preallocation::Off),
+    };
+    stored(RawFile::create_or_replace(path, size, space)?, options)
 }
 
-fn existing(path: &Path) -> Result<Arc<dyn Storage>> {
-    Ok(Arc::new(RawFile::open(path, Access::ReadWrite)?))
+fn existing(path: &Path, options: FillOptions) -> Result<Arc<dyn Storage>> {
+    let file = RawFile::open(path, Access::ReadWrite)?;
+    file.lock(ImageLock::Write)?;
+    stored(file, options)
+}
+
+fn stored(file: RawFile, options: FillOptions) -> Result<Arc<dyn Storage>> {
+    let file = if options.direct { file.into_direct()? } else { file };
+    let file: Arc<dyn Storage> = Arc::new(file);
+    Ok(if options.durable { file } else { Arc::new(Unflushed(file)) })
 }
 
 /// The files beside the one at `path`.

@@ -70,7 +70,7 @@ impl Format {
 
     /// Whether disks of this format can be opened.
     pub fn is_supported(self) -> bool {
-        !matches!(self, Self::Qcow | Self::Vdi | Self::Qed | Self::Dmg | Self::Cloop)
+        self != Self::Qcow
     }
 }
 

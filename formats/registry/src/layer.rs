@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Storage};
 use tranship_qcow2::Qcow2;
+use tranship_vdi::Vdi;
 use tranship_vhdx::Vhdx;
 use tranship_vmdk::Vmdk;
 use tranship_vpc::Vpc;
@@ -68,6 +69,8 @@ pub enum Disk {
     Vpc(Arc<Vpc>),
     /// VHDX.
     Vhdx(Arc<Vhdx>),
+    /// VDI.
+    Vdi(Arc<Vdi>),
     /// A format that is only read.
     Other(Arc<dyn BlockDevice>),
 }
@@ -81,6 +84,7 @@ impl Disk {
             Self::Vmdk(disk) => Arc::<Vmdk>::clone(disk),
             Self::Vpc(disk) => Arc::<Vpc>::clone(disk),
             Self::Vhdx(disk) => Arc::<Vhdx>::clone(disk),
+            Self::Vdi(disk) => Arc::<Vdi>::clone(disk),
         }
     }
 }

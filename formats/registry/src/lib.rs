@@ -22,9 +22,9 @@ mod spec;
 mod staged;
 mod unflushed;
 
-pub use chain::{OpenOptions, Trust, open, open_device, open_spec};
+pub use chain::{Locking, OpenOptions, Trust, open, open_device, open_spec};
 pub use compressing::Compressing;
-pub use create::{Create, FillOptions, Filling, RawPreallocation, create, fill};
+pub use create::{Create, FillOptions, Filling, create, fill};
 pub use format::Format;
 pub use gate::FolderGate;
 pub use layer::{Disk, Layer, Opened};
@@ -32,3 +32,4 @@ pub use probe::probe;
 pub use secrets::Secrets;
 pub use spec::{Below, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
 pub use staged::Staged;
+pub use tranship_raw::Preallocation as RawPreallocation;

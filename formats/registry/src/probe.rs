@@ -8,6 +8,9 @@ use tranship_block::{BigEndian, BlockDevice, LittleEndian, Result};
 /// Bytes at the start that decide: a hand-made descriptor may begin with comments.
 const HEAD: u64 = 4096;
 
+/// In the shell script that cloop images begin with.
+const CLOOP: &[u8] = b"#V2.0 Format";
+
 /// What `device` seems to hold; [`Format::Raw`] if nothing else fits.
 ///
 /// A guest that can write to a raw disk can make it look like any format. The answer is
@@ -67,6 +70,10 @@ fn by_head(head: &[u8]) -> Option<Format> {
     }
     if LittleEndian(head, "VDI header").u32("signature", 0x40).is_ok_and(|raw| raw == 0xbeda_107f) {
         return Some(Format::Vdi);
+    }
+    // A shell script comes first; what it mounts is told at byte 0 for all known versions.
+    if head.windows(CLOOP.len()).take(128).any(|window| window == CLOOP) {
+        return Some(Format::Cloop);
     }
     if has_parallels_element(head) {
         return Some(Format::Parallels);

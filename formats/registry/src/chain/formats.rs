@@ -5,10 +5,14 @@ use super::{Base, Image, Place, Walk, Wanted};
 use crate::Format;
 use crate::files::Beside;
 use crate::layer::Disk;
-use crate::spec::VpcSize;
+use crate::spec::{Below, VpcSize};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, ErrorKind, Request, Result, SectorCipher, Storage};
+use tranship_cloop::Cloop;
+use tranship_dmg::Dmg;
 use tranship_qcow2::{Encryption, Qcow2};
+use tranship_qed::Qed;
+use tranship_vdi::Vdi;
 use tranship_vhdx::Vhdx;
 use tranship_vmdk::{NO_PARENT, Vmdk};
 use tranship_vpc::{ParentRequest, SizeSource, Vpc};
@@ -21,6 +25,10 @@ impl Walk<'_> {
             Format::Vmdk => self.vmdk(image, place),
             Format::Vpc => self.vpc(image, place),
             Format::Vhdx => self.vhdx(image, place),
+            Format::Vdi => self.vdi(image, place),
+            Format::Qed => self.qed(image, place),
+            Format::Dmg => Ok(Disk::Other(Arc::new(Dmg::open_read_only(image.file)?))),
+            Format::Cloop => Ok(Disk::Other(Arc::new(Cloop::open_read_only(image.file)?))),
             Format::Luks => self.luks(image),
             Format::Parallels => self.parallels(image, place),
             Format::Gzip | Format::Xz | Format::Zstd | Format::Bzip2 => self.packed(image),
@@ -248,6 +256,55 @@ impl Walk<'_> {
         let options =
             tranship_parallels::OpenOptions { salvage: self.options.salvage, ..Default::default() };
         let disk = tranship_parallels::Image::open_read_only(image.file, options)?;
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Other(Arc::new(disk)))
+    }
+
+    fn vdi(&mut self, image: Image<'_>, _place: &Place<'_>) -> Result<Disk> {
+        // A child names its parent by a UUID alone, which only its user can know a file for.
+        let header = tranship_vdi::Header::read(&image.file)?;
+        let given = match image.spec.map(|spec| &spec.backing) {
+            Some(Below::Given(base)) => Some(self.named(base, true, None)?),
+            _ => None,
+        };
+        let parent = match given {
+            Some(disk) => {
+                let ids = match &disk {
+                    Disk::Vdi(disk) => (disk.header().uuid, disk.header().modification),
+                    _ => (header.parent, header.parent_modification),
+                };
+                let device = disk.device();
+                Some(tranship_vdi::Parent { device, uuid: ids.0, modification: ids.1 })
+            }
+            None if self.options.without_backing && header.parent != [0; 16] => {
+                Some(tranship_vdi::Parent {
+                    device: Base::Nothing.device(),
+                    uuid: header.parent,
+                    modification: header.parent_modification,
+                })
+            }
+            None => None,
+        };
+        let options = tranship_vdi::OpenOptions { salvage: self.options.salvage, parent };
+        let disk = Vdi::open_read_only(image.file, options)?;
+        self.warn(image.name, disk.warnings());
+        Ok(Disk::Vdi(Arc::new(disk)))
+    }
+
+    fn qed(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
+        let header = tranship_qed::Header::read(&image.file)?;
+        let wanted = match &header.backing {
+            None => None,
+            Some(backing) => Some(Wanted {
+                names: vec![backing.name.clone()],
+                role: "backing file",
+                format: backing.format.map(str::parse).transpose()?,
+                anywhere: true,
+            }),
+        };
+        let backing = self.base(&image, place, wanted.as_ref())?.map(|base| base.device());
+        let options = tranship_qed::OpenOptions { salvage: self.options.salvage, backing };
+        let disk = Qed::open_read_only(image.file, options)?;
         self.warn(image.name, disk.warnings());
         Ok(Disk::Other(Arc::new(disk)))
     }
