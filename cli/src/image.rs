@@ -9,6 +9,7 @@ mod bitmap;
 mod check;
 mod compare;
 mod console;
+mod convert;
 mod create;
 mod info;
 mod json;
@@ -36,6 +37,7 @@ pub(crate) fn run(personality: Personality, args: &ImageArgs) -> Result<u8, Fail
         ImageCommand::Bitmap(args) => bitmap::run(args, console),
         ImageCommand::Check(args) => check::run(args, console),
         ImageCommand::Compare(args) => compare::run(args, console),
+        ImageCommand::Convert(args) => convert::run(args, console),
         ImageCommand::Create(args) => create::run(args, console),
         ImageCommand::Info(args) => info::run(args, console),
         ImageCommand::Map(args) => map::run(args, console),
@@ -45,7 +47,6 @@ pub(crate) fn run(personality: Personality, args: &ImageArgs) -> Result<u8, Fail
         ImageCommand::Bench(_)
         | ImageCommand::Commit(_)
         | ImageCommand::Compact(_)
-        | ImageCommand::Convert(_)
         | ImageCommand::Dd(_)
         | ImageCommand::Rebase(_)
         | ImageCommand::Verify(_) => Err(Failure::usage("this command is not there yet")),

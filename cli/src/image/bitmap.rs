@@ -108,3 +108,36 @@ fn storage(target: &Source) -> Result<&dyn Storage, Failure> {
         ))),
     }
 }
+
+/// Gives the image `target` what the source's bitmaps have.
+pub(crate) fn copy_all(
+    sources: &[Source],
+    target: &Source,
+    skip_broken: bool,
+    console: Console,
+) -> Result<(), Failure> {
+    let missing = || Failure::usage("Source lacks bitmap support");
+    let [source] = sources else { return Err(missing()) };
+    let layer = source.opened.layers.first().filter(|layer| layer.format == Format::Qcow2);
+    let layer = layer.ok_or_else(missing)?;
+    let storage = storage(target)?;
+    for bitmap in tranship_qcow2::bitmaps(&layer.file)? {
+        let name = bitmap.name.as_str();
+        if bitmap.is_in_use {
+            if skip_broken {
+                console.warn(&format!("Skipping inconsistent bitmap '{name}'"));
+                continue;
+            }
+            return Err(Failure::usage(format!("Cannot copy inconsistent bitmap '{name}'")).hint(
+                "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it",
+            ));
+        }
+        tranship_qcow2::add_bitmap(storage, name, Some(bitmap.granularity))?;
+        let content = BitmapContent::read(&layer.file, name)?;
+        tranship_qcow2::merge_bitmap(storage, name, &content)?;
+        if !bitmap.is_enabled {
+            tranship_qcow2::disable_bitmap(storage, name)?;
+        }
+    }
+    Ok(())
+}

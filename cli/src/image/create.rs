@@ -64,8 +64,11 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, Failure> {
 }
 
 fn help(args: &CreateArgs) -> Result<u8, Failure> {
-    let format = args.format.as_deref().unwrap_or("raw");
-    let with_file = !args.names.is_empty();
+    print_help(args.format.as_deref().unwrap_or("raw"), !args.names.is_empty())
+}
+
+/// Lists what can be chosen for a new image; `with_file` adds what its file takes.
+pub(crate) fn print_help(format: &str, with_file: bool) -> Result<u8, Failure> {
     let known = creatable(format, with_file)?;
     let list = options::listed(&known);
     let text = if with_file {
@@ -142,6 +145,23 @@ impl Wish<'_> {
         if options.number("size").is_none() {
             return Err(Failure::usage("Image creation needs a size parameter"));
         }
+        Ok(Plan { spec, format, options })
+    }
+
+    /// The same for an image that a disk is going to be copied into: it has that disk's
+    /// size, whatever the options say.
+    pub(crate) fn plan_for_copy(&self, console: Console) -> Result<Plan, Failure> {
+        let whole = Self { size: None, ..*self };
+        let known = creatable(self.format, true)?;
+        let format = source::format_named(self.format)?;
+        let spec = self.spec()?;
+        let mut options = Options::new(known);
+        options.add(self.lists.unwrap_or_default())?;
+        if let Some(size) = self.size {
+            options.set("size", Value::Number(size));
+        }
+        whole.add_backing(&mut options)?;
+        whole.look_at_backing(&options, &spec, console)?;
         Ok(Plan { spec, format, options })
     }
 

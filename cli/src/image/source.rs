@@ -7,7 +7,7 @@ use crate::args::image::Naming;
 use crate::failure::Failure;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use tranship_formats::{Format, Layer, OpenOptions, Opened, Spec, Trust};
+use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust};
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +42,15 @@ pub(crate) struct Source {
 impl<'a> Opening<'a> {
     /// To be read, with all that the image is based on.
     pub(crate) fn reading(naming: &'a Naming, format: Option<&'a str>) -> Self {
-        Self { naming, format, writable: false, alone: false, force_share: false, salvage: false, direct: false }
+        Self {
+            naming,
+            format,
+            writable: false,
+            alone: false,
+            force_share: false,
+            salvage: false,
+            direct: false,
+        }
     }
 
     /// To be changed.

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `image convert`: copies images to a new one of any format.
+
+mod plan;
+mod resume;
+mod watch;
+
+use super::bitmap;
+use super::console::{Console, Progress};
+use super::create::{self, Wish};
+use super::source::{self, Opening, Source};
+use crate::args::image::{ConvertArgs, Naming};
+use crate::failure::Failure;
+use crate::signals;
+use plan::Plan;
+use resume::State;
+use std::ffi::{OsStr, OsString};
+use std::sync::Arc;
+use tranship_appliance::CancelToken;
+use tranship_block::{BlockDevice, Concat, CopyOptions, Throttle, Throttled, copy, copy_packed};
+use tranship_formats::{Compressing, FillOptions, Filling, Place, Staged, fill};
+use watch::Watch;
+
+/// Bytes between two places from which a copy can go on after a kill.
+const CHECKPOINT: u64 = 256 << 20;
+
+/// Copies what the options say.
+pub(crate) fn run(args: &ConvertArgs, console: Console) -> Result<u8, Failure> {
+    let plan = Plan::new(args)?;
+    let format = args.target_format.as_deref().unwrap_or("raw");
+    if plan.wants_help {
+        return create::print_help(format, !args.names.is_empty());
+    }
+    create::creatable(format, false)?;
+    let known = source::format_named(format)?;
+    let Some((target, names)) = args.names.split_last().filter(|(_, rest)| !rest.is_empty()) else {
+        return Err(source::usage(console, "convert", "Must specify image file name"));
+    };
+    if names.len() > 1 && args.backing.is_some() {
+        return Err(Failure::usage(
+            "Having a backing file for the target makes no sense when concatenating multiple \
+             input images",
+        ));
+    }
+    let cancel = CancelToken::default();
+    signals::cancel_on_signal(cancel.clone())?;
+    let sources = open_sources(args, names, console)?;
+    let device = joined(&sources, args)?;
+    let job = Job { args, plan: &plan, sources: &sources, device: &device, cancel, console };
+    let progress = Progress::start(args.progress && !args.quiet);
+    let outcome = if args.no_create {
+        job.onto(target, &progress)
+    } else {
+        job.anew(target, known, &progress)
+    };
+    match outcome {
+        Ok(()) => progress.finish(),
+        Err(failure) => {
+            progress.end();
+            return Err(failure);
+        }
+    }
+    Ok(0)
+}
+
+fn open_sources(
+    args: &ConvertArgs,
+    names: &[OsString],
+    console: Console,
+) -> Result<Vec<Source>, Failure> {
+    let naming = Naming {
+        image_opts: args.source_image_opts,
+        object: args.object.clone(),
+        allow_path: args.allow_path.clone(),
+    };
+    let opening = Opening {
+        force_share: args.reading.force_share,
+        salvage: args.reading.salvage,
+        direct: matches!(args.source_cache.as_deref(), Some("none" | "off" | "directsync")),
+        ..Opening::reading(&naming, args.source_format.as_deref())
+    };
+    names.iter().map(|name| opening.open(name, console)).collect()
+}
+
+/// The sources as one disk.
+fn joined(sources: &[Source], args: &ConvertArgs) -> Result<Arc<dyn BlockDevice>, Failure> {
+    if let Some(wanted) = &args.source_snapshot {
+        let [source] = sources else {
+            return Err(Failure::usage("No support for concatenating multiple snapshot"));
+        };
+        let missing = || Failure::usage("Failed to load snapshot: Can't find snapshot");
+        let layer = source.opened.layers.first().ok_or_else(missing)?;
+        if source.opened.qcow2().is_none() {
+            return Err(missing());
+        }
+        let name = ["snapshot.id=", "snapshot.name="]
+            .iter()
+            .find_map(|start| wanted.strip_prefix(start))
+            .unwrap_or(wanted);
+        return tranship_qcow2::snapshot_view(Arc::clone(&layer.file), name)
+            .map_err(|error| Failure::from(error).within("Failed to load snapshot"));
+    }
+    match sources {
+        [source] => Ok(Arc::clone(&source.opened.device)),
+        several => {
+            let devices = several.iter().map(|source| Arc::clone(&source.opened.device));
+            Ok(Arc::new(Concat::new(devices)?))
+        }
+    }
+}
+
+/// What is copied, and how.
+struct Job<'a> {
+    args: &'a ConvertArgs,
+    plan: &'a Plan,
+    sources: &'a [Source],
+    device: &'a Arc<dyn BlockDevice>,
+    cancel: CancelToken,
+    console: Console,
+}
+
+impl Job<'_> {
+    /// The source, held to the rate.
+    fn source(&self) -> Arc<dyn BlockDevice> {
+        match self.plan.rate {
+            None => Arc::clone(self.device),
+            Some(rate) => Arc::new(Throttled::new(Arc::clone(self.device), Throttle::new(rate))),
+        }
+    }
+
+    fn failed(&self, error: tranship_block::Error) -> Failure {
+        let name = self.sources.first().map_or("", |source| source.name.as_str());
+        Failure::from(error).within(format!("error while converting {name}"))
+    }
+
+    /// Copies onto an image that exists.
+    fn onto(&self, target: &OsStr, progress: &Progress) -> Result<(), Failure> {
+        let args = self.args;
+        let naming = Naming {
+            image_opts: args.target_image_opts,
+            object: args.object.clone(),
+            allow_path: args.allow_path.clone(),
+        };
+        let format = args.target_format.as_deref().unwrap_or("raw");
+        let format = (!args.target_image_opts).then_some(format);
+        let opening = Opening { direct: self.plan.direct, ..Opening::writing(&naming, format) };
+        let opened = opening.open(target, self.console)?.opened;
+        let device: Arc<dyn BlockDevice> = match (args.compress, opened.qcow2()) {
+            (false, _) => Arc::clone(&opened.device),
+            (true, Some(image)) => Arc::new(Compressing(Arc::clone(image))),
+            (true, None) => {
+                return Err(Failure::usage("Compression not supported for this file format"));
+            }
+        };
+        let options = CopyOptions { target_is_zero: args.target_is_zero, ..self.plan.copying };
+        let hash = args.hash.as_deref();
+        let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), None)?;
+        let copied =
+            copy(&self.source(), &device, &options, &watch).map_err(|error| self.failed(error))?;
+        drop((device, opened));
+        if args.bitmaps {
+            let file = opening.open_file(target, self.console)?;
+            bitmap::copy_all(self.sources, &file, args.skip_broken_bitmaps, self.console)?;
+        }
+        watch.finish(copied, self.console)
+    }
+
+    /// Copies into a new image, which has its name only when it is complete.
+    fn anew(
+        &self,
+        target: &OsString,
+        format: tranship_formats::Format,
+        progress: &Progress,
+    ) -> Result<(), Failure> {
+        let args = self.args;
+        let shown = target.to_string_lossy();
+        let named =
+            |failure: Failure| failure.within(format!("{shown}: error while converting {format}"));
+        let naming = Naming { allow_path: args.allow_path.clone(), ..Naming::default() };
+        let wish = Wish {
+            name: target,
+            format: format.name(),
+            lists: self.plan.list.as_deref(),
+            size: Some(self.device.size()),
+            backing: args.backing.as_deref(),
+            backing_format: args.backing_format.as_deref(),
+            is_unsafe: false,
+            naming: &naming,
+        };
+        let wished = wish.plan_for_copy(self.console).map_err(named)?;
+        let Place::File(path) = wished.spec.place.clone() else {
+            return Err(named(Failure::usage("a new image can only be made in a file")));
+        };
+        self.refuse_own_source(&path).map_err(named)?;
+        let staged = Staged::begin(&path, args.resume).map_err(|error| named(error.into()))?;
+        let what = wished.what(self.console).map_err(named)?;
+        let backing = self.backing(&path)?;
+        let state = State::open(args, &staged, self.sources, self.device.size())?;
+        let start = state.as_ref().map_or(0, State::start);
+        let options = FillOptions {
+            // Compressed clusters over a backing file: zeroes have to be written as such.
+            compressed: args.compress && backing.is_none(),
+            restartable: args.resume,
+            resume: start > 0,
+            durable: self.plan.durable || args.resume,
+            direct: self.plan.direct,
+        };
+        let filling = fill(&staged.path(), &what, options, backing.clone()).map_err(|error| {
+            // What the format cannot do has nothing to do with the file.
+            if args.compress && format != tranship_formats::Format::Qcow2 {
+                return Failure::usage("Compression not supported for this file format");
+            }
+            named(error.into())
+        })?;
+        let hash = args.hash.as_deref();
+        let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), state)?;
+        let mut copying = CopyOptions { start, ..self.plan.copying };
+        let source = self.source();
+        let copied = match (&filling, filling.device()) {
+            (Filling::Packed(target), _) => copy_packed(&source, &**target, &copying, &watch),
+            (_, Some(device)) => {
+                copying.target_is_zero = backing.is_none();
+                copying.deepest = self.deepest(backing.is_some());
+                copying.checkpoint_every = if args.resume { CHECKPOINT } else { 0 };
+                let device = match (&filling, args.compress) {
+                    (Filling::Qcow2(image), true) => Arc::new(Compressing(Arc::clone(image))),
+                    _ => device,
+                };
+                copy(&source, &device, &copying, &watch)
+            }
+            (_, None) => return Err(Failure::usage("the new image cannot be written")),
+        }
+        .map_err(|error| self.failed(error))?;
+        filling.finish().map_err(|error| self.failed(error))?;
+        if args.bitmaps {
+            let file = Opening::writing(&Naming::default(), Some(format.name()))
+                .open_file(staged.path().as_os_str(), self.console)?;
+            bitmap::copy_all(self.sources, &file, args.skip_broken_bitmaps, self.console)?;
+        }
+        staged.publish()?;
+        watch.finish(copied, self.console)
+    }
+
+    /// A copy onto one of its own sources would read what it has just written.
+    fn refuse_own_source(&self, target: &std::path::Path) -> Result<(), Failure> {
+        let Ok(target) = target.canonicalize() else { return Ok(()) };
+        let mut layers = self.sources.iter().flat_map(|source| &source.opened.chain);
+        if layers.any(|(path, _)| path.canonicalize().is_ok_and(|path| path == target)) {
+            let question = format!("Is another process using the image [{}]?", target.display());
+            return Err(Failure::usage("Failed to get \"write\" lock").hint(question));
+        }
+        Ok(())
+    }
+
+    /// What the new image is based on, for reading.
+    fn backing(&self, target: &std::path::Path) -> Result<Option<Arc<dyn BlockDevice>>, Failure> {
+        let Some(name) = &self.args.backing else { return Ok(None) };
+        let path = source::beside(target, name);
+        let naming = Naming { object: self.args.object.clone(), ..Naming::default() };
+        let opened = Opening::reading(&naming, self.args.backing_format.as_deref())
+            .open(path.as_os_str(), self.console)?;
+        Ok(Some(opened.opened.device))
+    }
+
+    /// The deepest layer of the source that the target does not have from its own backing
+    /// image: if that is a layer of the source's chain, what lies below needs no copying.
+    fn deepest(&self, has_backing: bool) -> Option<u32> {
+        let ([source], true) = (self.sources, has_backing) else { return None };
+        let base = self.args.backing.as_deref()?;
+        let base = std::path::Path::new(base).canonicalize().ok()?;
+        let chain = &source.opened.chain;
+        let depth = chain
+            .iter()
+            .position(|(path, _)| path.canonicalize().is_ok_and(|path| path == base))?;
+        u32::try_from(depth).ok()?.checked_sub(1)
+    }
+}
