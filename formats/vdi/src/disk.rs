@@ -14,6 +14,8 @@ const READ_PIECE: usize = 1 << 20;
 /// Blocks that one query passes over: a caller who asks again and again from nearby
 /// offsets stays linear.
 const BLOCKS_PER_QUERY: usize = 1 << 20;
+/// The same for disks with a parent, where many extents may lie below a single one.
+const BLOCKS_PER_QUERY_OF_CHILD: usize = 4096;
 
 /// The disk below a differencing one.
 #[derive(Clone, Debug)]
@@ -142,7 +144,9 @@ impl Vdi {
         let index = usize::try_from(offset.checked_shr(shift).unwrap_or(0)).unwrap_or(usize::MAX);
         let within = offset & block.saturating_sub(1);
         let blocks = within.saturating_add(most).div_ceil(block.max(1));
-        let blocks = usize::try_from(blocks).unwrap_or(usize::MAX).min(BLOCKS_PER_QUERY);
+        let bound =
+            if self.parent.is_some() { BLOCKS_PER_QUERY_OF_CHILD } else { BLOCKS_PER_QUERY };
+        let blocks = usize::try_from(blocks).unwrap_or(usize::MAX).min(bound);
         let mut entries = self.map.iter().skip(index).take(blocks).copied();
         let first = entries.next().unwrap_or(ABSENT);
         let (place, more) = match first {

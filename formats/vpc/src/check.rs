@@ -5,7 +5,7 @@ use crate::commit::write_footers;
 use crate::footer::{Found, Kind, find};
 use crate::geometry::SECTOR;
 use crate::header::Header;
-use crate::open::{check_size, limit, metadata};
+use crate::open::{check_metadata, check_size, limit, metadata};
 use crate::table::{ABSENT, Layout, Table, survey};
 use tranship_block::{CheckReport, Repair, Result, Storage};
 
@@ -82,6 +82,7 @@ fn tables(storage: &dyn Storage, found: &Found, report: &mut CheckReport) -> Res
     let header = Header::read(storage, &found.footer, false).and_then(|header| {
         check_size(size)?;
         header.check(storage.size(), size, false)?;
+        check_metadata(&metadata(&header, &found.footer))?;
         Ok(header)
     });
     let header = match header {

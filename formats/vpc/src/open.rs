@@ -9,7 +9,7 @@ use crate::header::{HEADER, Header};
 use crate::parent::{self, Parent};
 use crate::space::Space;
 use crate::sparse::Sparse;
-use crate::table::{Layout, Occupied, Table, survey};
+use crate::table::{Layout, Occupied, Table, survey, touches};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, RwLock};
 use tranship_block::{BlockDevice, Error, Result, Span, Storage, is_zero};
@@ -122,12 +122,26 @@ pub(crate) fn metadata(header: &Header, footer: &Footer) -> Vec<(Span, &'static 
         (Span::new(footer.data_offset, len(HEADER)), "dynamic header"),
         (Span::new(header.table_offset, table), "block allocation table"),
     ];
-    let locators = header.locators.iter().filter(|locator| locator.code != [0; 4]);
+    let is_child = footer.kind == Kind::Differencing;
+    let locators = header.locators.iter().filter(|locator| is_child && locator.code != [0; 4]);
     parts.extend(locators.map(|locator| {
         let space = u64::from(locator.len).next_multiple_of(SECTOR);
         (Span::new(locator.offset, space), "name of the parent")
     }));
     parts
+}
+
+/// Checks that the parts in `metadata` that are written do not lie on each other.
+pub(crate) fn check_metadata(metadata: &[(Span, &str)]) -> Result<()> {
+    // The names of the parent are never written.
+    let written = metadata.get(..3).unwrap_or(metadata);
+    for (number, (other, second)) in written.iter().enumerate() {
+        let before = written.iter().take(number).find(|(one, _)| touches(*one, *other));
+        if let Some((_, first)) = before {
+            return Err(Error::corrupt(format!("{second} lies on the {first}")).at(other.start));
+        }
+    }
+    Ok(())
 }
 
 /// Where blocks have to end: at the footer, or at the end of a file without one.
@@ -163,6 +177,12 @@ fn sparse(
     }
     let mut table = Table::read(&file, &header, size)?;
     let metadata = metadata(&header, &found.footer);
+    if let Err(error) = check_metadata(&metadata) {
+        if !salvage {
+            return Err(error);
+        }
+        warnings.push(error.to_string());
+    }
     let occupied = survey(&table, &layout, size, &metadata, limit(&file, found));
     for fault in &occupied.faults {
         if !salvage {

@@ -10,10 +10,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tranship_block::{BlockDevice, Extent, ExtentKind, Result, Span};
 
-/// Absent blocks that one query passes over: a caller who asks again and again from
-/// nearby offsets stays linear.
-const BLOCKS_PER_QUERY: usize = 1 << 20;
-
 /// A dynamic or differencing disk.
 ///
 /// Locks are taken in the order of the fields that hold them; none is held while payload
@@ -71,7 +67,7 @@ impl Sparse {
             let entry = table.get(index);
             if entry == ABSENT {
                 let more = most.saturating_sub(left).div_ceil(layout.block);
-                let more = usize::try_from(more).unwrap_or(usize::MAX).min(BLOCKS_PER_QUERY);
+                let more = usize::try_from(more).unwrap_or(usize::MAX);
                 let run = table.absent_run(index.saturating_add(1), more);
                 let run = u64::try_from(run).unwrap_or(0).saturating_mul(layout.block);
                 return Ok((Place::Below, left.saturating_add(run).min(most)));
@@ -128,7 +124,7 @@ impl Sparse {
         }
     }
 
-    fn extent_below(&self, offset: u64, len: u64) -> Result<Extent> {
+    pub(crate) fn extent_below(&self, offset: u64, len: u64) -> Result<Extent> {
         let parent = self.parent.as_ref().filter(|parent| offset < parent.size());
         let Some(parent) = parent else { return Ok(Extent::new(ExtentKind::Hole, len)) };
         let mut extent = parent.extent_at(offset)?.limited_to(len);
@@ -137,15 +133,19 @@ impl Sparse {
     }
 
     /// Whether `span` reads as zero where this image has nothing, as far as that can be
-    /// told without reading.
-    pub(crate) fn is_zero_below(&self, span: Span) -> Result<bool> {
+    /// told without reading. `known` is a span for which that is so, from one call to the
+    /// next.
+    pub(crate) fn is_zero_below(&self, span: Span, known: &mut Span) -> Result<bool> {
         let mut at = span.start;
         while at < span.end() {
-            let extent = self.extent_below(at, span.end().saturating_sub(at))?;
-            if !extent.kind.reads_zero() || extent.len == 0 {
-                return Ok(false);
+            if !(known.start..known.end()).contains(&at) {
+                let extent = self.extent_below(at, u64::MAX)?;
+                if !extent.kind.reads_zero() || extent.len == 0 {
+                    return Ok(false);
+                }
+                *known = Span::new(at, extent.len);
             }
-            at = at.saturating_add(extent.len);
+            at = known.end();
         }
         Ok(true)
     }

@@ -75,6 +75,8 @@ impl Layout {
 #[derive(Debug)]
 pub(crate) struct Table {
     entries: Vec<u32>,
+    /// Blocks that each sector of entries has, so that empty ones are passed over at once.
+    stored: Vec<u8>,
     /// Sectors' worth of entries that differ from the file.
     dirty: BTreeSet<usize>,
 }
@@ -94,7 +96,16 @@ impl Table {
             at = at.saturating_add(u64::try_from(now.len()).unwrap_or(u64::MAX));
             entries.extend(now.as_chunks().0.iter().map(|entry| u32::from_be_bytes(*entry)));
         }
-        Ok(Self { entries, dirty: BTreeSet::new() })
+        Ok(Self::new(entries))
+    }
+
+    fn new(entries: Vec<u32>) -> Self {
+        let count = |sector: &[u32]| {
+            let stored = sector.iter().filter(|entry| **entry != ABSENT).count();
+            u8::try_from(stored).unwrap_or(u8::MAX)
+        };
+        let stored = entries.chunks(ENTRIES_PER_SECTOR).map(count).collect();
+        Self { entries, stored, dirty: BTreeSet::new() }
     }
 
     pub(crate) fn entries(&self) -> &[u32] {
@@ -107,23 +118,42 @@ impl Table {
     }
 
     pub(crate) fn set(&mut self, index: usize, entry: u32) {
-        if let Some(place) = self.entries.get_mut(index) {
-            *place = entry;
-            self.dirty.insert(index / ENTRIES_PER_SECTOR);
-        }
+        self.replace(index, entry);
+        self.dirty.insert(index / ENTRIES_PER_SECTOR);
     }
 
     /// Forgets that block `index` is there, in memory alone: its entry is worthless.
     pub(crate) fn ignore(&mut self, index: usize) {
-        if let Some(place) = self.entries.get_mut(index) {
-            *place = ABSENT;
+        self.replace(index, ABSENT);
+    }
+
+    fn replace(&mut self, index: usize, entry: u32) {
+        let count = self.stored.get_mut(index / ENTRIES_PER_SECTOR);
+        let (Some(place), Some(count)) = (self.entries.get_mut(index), count) else { return };
+        if *place != ABSENT {
+            *count = count.saturating_sub(1);
         }
+        if entry != ABSENT {
+            *count = count.saturating_add(1);
+        }
+        *place = entry;
     }
 
     /// Blocks from `index` on that are absent, at most `most`.
     pub(crate) fn absent_run(&self, index: usize, most: usize) -> usize {
-        let run = self.entries.get(index..).unwrap_or_default().iter().take(most);
-        run.take_while(|entry| **entry == ABSENT).count()
+        let end = index.saturating_add(most).min(self.entries.len());
+        let mut next = index;
+        while next < end {
+            let sector = next / ENTRIES_PER_SECTOR;
+            if self.stored.get(sector) == Some(&0) {
+                next = sector.saturating_add(1).saturating_mul(ENTRIES_PER_SECTOR);
+            } else if self.get(next) == ABSENT {
+                next = next.saturating_add(1);
+            } else {
+                break;
+            }
+        }
+        next.min(end).saturating_sub(index)
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -153,9 +183,12 @@ impl Table {
 
     /// Gives the table `len` entries; new ones are absent.
     pub(crate) fn resize(&mut self, len: usize) {
-        self.entries.resize(len, ABSENT);
+        let mut entries = std::mem::take(&mut self.entries);
+        let mut dirty = std::mem::take(&mut self.dirty);
+        entries.resize(len, ABSENT);
         let used = len.div_ceil(ENTRIES_PER_SECTOR);
-        self.dirty.retain(|sector| *sector < used);
+        dirty.retain(|sector| *sector < used);
+        *self = Self { dirty, ..Self::new(entries) };
     }
 }
 
@@ -246,7 +279,7 @@ mod tests {
     }
 
     fn table(entries: &[u32]) -> Table {
-        Table { entries: entries.to_vec(), dirty: BTreeSet::new() }
+        Table::new(entries.to_vec())
     }
 
     #[test]
@@ -291,5 +324,12 @@ mod tests {
         assert_eq!(table.absent_run(6, 1000), 293);
         assert_eq!(table.absent_run(0, 3), 3);
         assert_eq!(table.absent_run(5, 3), 0);
+        assert_eq!(table.absent_run(6, 200), 200);
+        table.set(5, ABSENT);
+        table.ignore(299);
+        assert_eq!(table.absent_run(1, 1000), 299);
+        table.resize(1000);
+        table.set(900, 1);
+        assert_eq!((table.absent_run(0, 1000), table.absent_run(901, 1000)), (900, 99));
     }
 }

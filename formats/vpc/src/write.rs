@@ -202,9 +202,10 @@ impl Sparse {
 
     /// Makes `span` of the disk read as zero.
     pub(crate) fn zero(&self, to: Target<'_>, span: Span, mode: Zeroing) -> Result<()> {
+        let mut known = Span::new(0, 0);
         self.each_block(span, |index, within, len| {
             let piece = Span::new(self.layout.first(index).saturating_add(within), len);
-            let is_zero_below = self.is_zero_below(piece)?;
+            let is_zero_below = self.is_zero_below(piece, &mut known)?;
             let entry = self.table().get(index);
             let is_whole = within == 0 && len >= self.layout.used(index, to.size);
             if is_zero_below && entry == ABSENT {
@@ -252,6 +253,7 @@ impl Sparse {
 
     /// Gives storage back where `span` has some.
     pub(crate) fn discard(&self, to: Target<'_>, span: Span) -> Result<()> {
+        let mut known = Span::new(0, 0);
         self.each_block(span, |index, within, len| {
             let entry = self.table().get(index);
             if entry == ABSENT {
@@ -259,7 +261,7 @@ impl Sparse {
             }
             let piece = Span::new(self.layout.first(index).saturating_add(within), len);
             let is_whole = within == 0 && len >= self.layout.used(index, to.size);
-            if is_whole && self.is_zero_below(piece)? {
+            if is_whole && self.is_zero_below(piece, &mut known)? {
                 self.drop_block(index);
                 return Ok(());
             }
@@ -274,7 +276,7 @@ impl Sparse {
     }
 
     /// Calls `work` with the number of each block that `span` touches, the first byte in
-    /// it and the number of bytes. Absent blocks over nothing are passed over.
+    /// it and the number of bytes. Absent blocks over zeroes are passed over.
     fn each_block(
         &self,
         span: Span,
@@ -284,9 +286,12 @@ impl Sparse {
         while at < span.end() {
             let (index, within) = self.layout.split(at);
             let left = span.end().saturating_sub(at);
-            if self.parent.is_none() && self.table().get(index) == ABSENT {
-                at = at.saturating_add(self.locate(at, left)?.1);
-                continue;
+            if self.table().get(index) == ABSENT {
+                let below = self.extent_below(at, left)?;
+                if below.kind.reads_zero() {
+                    at = at.saturating_add(self.locate(at, below.len)?.1);
+                    continue;
+                }
             }
             let len = self.layout.block.saturating_sub(within).min(left);
             work(index, within, len)?;

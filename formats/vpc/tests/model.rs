@@ -209,7 +209,7 @@ fn a_table_grows_over_the_first_blocks() {
         for at in [0, 9000, 30_000, 50_000] {
             apply(&disk, &mut model, &Op::Write(at, 100, at));
         }
-        let size = 40 << 20;
+        let size = 8 << 20;
         disk.resize(size).unwrap();
         model.resize(size as usize, 0);
         apply(&disk, &mut model, &Op::Write(size - 1000, 1000, 3));
