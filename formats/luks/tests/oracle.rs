@@ -5,9 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, MemoryDevice};
+use tranship_block::{BlockDevice, MemoryDevice, Slice, Span};
 use tranship_format_testing::{has_tool, pattern, qemu_img, samples, verify};
-use tranship_luks::{Header, Kdf, Limits, Luks, unlock_cipher};
+use tranship_luks::{Header, Kdf, Limits, Luks, legacy_aes_cipher, unlock_cipher};
 
 const PASSPHRASE: &str = "correct horse";
 
@@ -36,10 +36,16 @@ fn containers_by_qemu_have_the_bytes_that_went_in() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
         ("", "aes-xts-plain64", 64),
-        (",cipher-alg=aes-128,hash-alg=sha512", "aes-xts-plain64", 32),
-        (",cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha1", "aes-cbc-plain64", 32),
-        (",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=plain", "aes-cbc-plain", 16),
-        (",cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256", "aes-cbc-essiv:sha256", 32),
+        (
+            ",cipher-alg=aes-128,cipher-mode=cbc,ivgen-alg=plain64,hash-alg=sha1",
+            "aes-cbc-plain64",
+            16,
+        ),
+        (
+            ",cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256,hash-alg=sha512",
+            "aes-cbc-essiv:sha256",
+            32,
+        ),
     ];
     for (options, encryption, key_bytes) in cases {
         let (image, plain) = by_qemu(folder.path(), options);
@@ -65,23 +71,21 @@ fn containers_by_qemu_have_the_bytes_that_went_in() {
         device(&image).read_at(&mut sectors, header.payload_offset + 2048).unwrap();
         cipher.decrypt(4, &mut sectors).unwrap();
         assert_eq!(sectors, plain[2048..3072]);
+        if options.is_empty() {
+            secrets_are_kept(&image);
+        }
     }
 }
 
-#[test]
-fn a_wrong_passphrase_opens_nothing_and_does_not_show() {
-    if !has_tool("qemu-img") {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let (image, _) = by_qemu(folder.path(), "");
-    let error = Luks::unlock(device(&image), b"wrong-one", &Limits::default()).unwrap_err();
+/// A wrong passphrase opens nothing, a right one does not show anywhere.
+fn secrets_are_kept(image: &Path) {
+    let error = Luks::unlock(device(image), b"wrong-one", &Limits::default()).unwrap_err();
     assert_eq!(error.to_string(), "passphrase opens none of the 1 key slots in use");
     let limits = Limits { pbkdf2_iterations: 10, ..Limits::default() };
-    let error = Luks::unlock(device(&image), PASSPHRASE.as_bytes(), &limits).unwrap_err();
+    let error = Luks::unlock(device(image), PASSPHRASE.as_bytes(), &limits).unwrap_err();
     assert_eq!(error.to_string(), "key slot 0 is not usable");
     assert!(!format!("{error:?}").contains(PASSPHRASE));
-    let luks = Luks::unlock(device(&image), PASSPHRASE.as_bytes(), &Limits::default()).unwrap();
+    let luks = Luks::unlock(device(image), PASSPHRASE.as_bytes(), &Limits::default()).unwrap();
     assert!(!format!("{luks:?}").contains(PASSPHRASE));
 }
 
@@ -217,4 +221,51 @@ fn the_sample_by_cryptsetup_has_its_known_payload() {
     luks.read_at(&mut bytes, 0).unwrap();
     let digest = <sha2::Sha256 as sha2::Digest>::digest(&bytes);
     assert_eq!(digest[..8], [0xa1, 0xeb, 0xfc, 0x6e, 0x57, 0xf4, 0x17, 0x94]);
+}
+
+/// A qcow2 file of one cluster with this encryption, the offset of the cluster, and what
+/// is in it before encryption.
+fn qcow2(folder: &Path, encryption: &str) -> (Vec<u8>, u64, Vec<u8>) {
+    let (raw, image) = (folder.join("plain.raw"), folder.join("image.qcow2"));
+    let plain = pattern(65_536, 11);
+    std::fs::write(&raw, &plain).unwrap();
+    let secret = format!("secret,id=s,data={PASSPHRASE}");
+    let options = format!("encrypt.key-secret=s,encrypt.format={encryption}");
+    let args = ["convert", "-f", "raw", "-O", "qcow2", "--object", &secret, "-o", &options];
+    qemu_img(&args, &[&raw, &image]);
+    let bytes = std::fs::read(image).unwrap();
+    let number = |at: u64| {
+        let at = usize::try_from(at).unwrap();
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+    };
+    // L1 table, L2 table, cluster.
+    let cluster = number(number(number(40)));
+    (bytes, cluster, plain)
+}
+
+#[test]
+fn both_encryptions_of_qcow2_are_decrypted() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (bytes, cluster, plain) = qcow2(folder.path(), "aes");
+    let at = usize::try_from(cluster).unwrap();
+    let mut data = bytes[at..at + plain.len()].to_vec();
+    legacy_aes_cipher(PASSPHRASE.as_bytes()).unwrap().decrypt(0, &mut data).unwrap();
+    assert!(data == plain, "sectors are numbered from the guest's start");
+
+    let (bytes, cluster, plain) = qcow2(folder.path(), "luks,encrypt.iter-time=10");
+    let at = usize::try_from(cluster).unwrap();
+    let mut data = bytes[at..at + plain.len()].to_vec();
+    // The extension that points to the header of LUKS.
+    let pointer = bytes.windows(8).position(|window| window == b"\x05\x37\xbe\x77\0\0\0\x10");
+    let pointer = pointer.unwrap() + 8;
+    let start = u64::from_be_bytes(bytes[pointer..pointer + 8].try_into().unwrap());
+    let len = u64::from_be_bytes(bytes[pointer + 8..pointer + 16].try_into().unwrap());
+    let file: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::read_only(bytes));
+    let header: Arc<dyn BlockDevice> = Arc::new(Slice::new(file, Span::new(start, len)).unwrap());
+    let cipher = unlock_cipher(&header, PASSPHRASE.as_bytes(), &Limits::default()).unwrap();
+    cipher.decrypt(cluster / 512, &mut data).unwrap();
+    assert!(data == plain, "sectors are numbered from the file's start");
 }
