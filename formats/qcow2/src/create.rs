@@ -204,7 +204,11 @@ fn start(storage: &dyn Storage, options: &CreateOptions) -> Result<(Header, Meta
     options.check()?;
     let (header, mut metadata) = lay_out(options)?;
     let geometry = metadata.geometry;
-    storage.set_len(0)?;
+    // File systems take a file that was cut to nothing for one that is being replaced, and
+    // write it out when it is closed: a new file is better not cut.
+    if storage.size() > 0 {
+        storage.set_len(0)?;
+    }
     let end = geometry.offset(metadata.refcounts.end);
     storage.set_len(end)?;
     // A block device keeps what it had. Nothing that looks like an image may be left.
