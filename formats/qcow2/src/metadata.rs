@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Result};
 
 /// Bytes of neighbouring L2 tables in a new image.
-const TABLES_AHEAD: u64 = 128 << 10;
+const TABLES_AHEAD: u64 = 64 << 10;
 
 /// Neighbouring clusters, of the guest or of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
