@@ -2,9 +2,9 @@
 //! The text of a new descriptor.
 
 use crate::SECTOR;
-use crate::create::{Adapter, CreateOptions};
 use crate::descriptor::NO_PARENT;
 use crate::line::{Access, ExtentLine, ExtentType};
+use crate::options::{Adapter, CreateOptions};
 use std::fmt::{self, Write};
 
 /// One GiB in sectors.

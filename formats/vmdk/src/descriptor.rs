@@ -2,6 +2,8 @@
 //! The descriptor: a text that says what a disk is made of.
 
 use crate::{ExtentLine, MAX_EXTENTS};
+use encoding_rs::Encoding;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use tranship_block::{Error, Result};
 
@@ -35,8 +37,8 @@ impl Descriptor {
     /// # Errors
     ///
     /// [`tranship_block::ErrorKind::Corrupt`] for values and extent lines that cannot be
-    /// read, [`tranship_block::ErrorKind::Unsupported`] for names in an encoding other
-    /// than UTF-8 and windows-1252 and for unknown extent types.
+    /// read, [`tranship_block::ErrorKind::Unsupported`] for names in an unknown encoding
+    /// and for unknown extent types.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
         let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
@@ -149,31 +151,28 @@ fn content_id(name: &str, text: &str) -> Result<u32> {
         .ok_or_else(|| Error::corrupt(format!("{name} is {text:?}, expected 8 hex digits")))
 }
 
+/// The text of a line; names in it are in the encoding of the host that wrote them. All
+/// encodings that are known agree with ASCII about the bytes that structure a descriptor.
 fn decode(line: &[u8], encoding: &str, number: usize) -> Result<String> {
-    match encoding {
-        "windows-1252" => Ok(line.iter().map(|byte| windows_1252(*byte)).collect()),
-        "utf-8" | "utf8" => std::str::from_utf8(line).map(str::to_owned).map_err(|_| {
-            Error::corrupt(format!("descriptor line {number} is not valid UTF-8, its encoding"))
-        }),
-        _ if line.is_ascii() => Ok(String::from_utf8_lossy(line).into_owned()),
-        _ => Err(Error::unsupported(format!(
+    if line.is_ascii() {
+        return Ok(String::from_utf8_lossy(line).into_owned());
+    }
+    let known =
+        Encoding::for_label(encoding.as_bytes()).filter(|known| known.is_ascii_compatible());
+    let Some(known) = known else {
+        return Err(Error::unsupported(format!(
             "descriptor line {number} has other than ASCII characters in encoding {encoding:?}; \
              save the descriptor as UTF-8 with encoding=\"UTF-8\""
-        ))),
-    }
-}
-
-/// The character of a byte; 0x80 to 0x9f differ from Latin-1, five of them are unassigned.
-fn windows_1252(byte: u8) -> char {
-    const HIGH: [char; 32] = [
-        '€', '\u{81}', '‚', 'ƒ', '„', '…', '†', '‡', 'ˆ', '‰', 'Š', '‹', 'Œ', '\u{8d}', 'Ž',
-        '\u{8f}', '\u{90}', '‘', '’', '“', '”', '•', '–', '—', '˜', '™', 'š', '›', 'œ', '\u{9d}',
-        'ž', 'Ÿ',
-    ];
-    byte.checked_sub(0x80)
-        .and_then(|index| HIGH.get(usize::from(index)))
-        .copied()
-        .unwrap_or_else(|| char::from(byte))
+        )));
+    };
+    known.decode_without_bom_handling_and_without_replacement(line).map(Cow::into_owned).ok_or_else(
+        || {
+            Error::corrupt(format!(
+                "descriptor line {number} is not valid {}, its encoding",
+                known.name()
+            ))
+        },
+    )
 }
 
 #[cfg(test)]
@@ -221,7 +220,12 @@ mod tests {
         let error = name(b"RW 8 FLAT \"gr\xfcn\" 0").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert_eq!(name(b"encoding=\"Shift_JIS\"\nRW 8 FLAT \"a\" 0").unwrap(), "a");
+        let japanese = b"encoding=\"Shift_JIS\"\nRW 8 FLAT \"\x83\x5c.vmdk\" 0";
+        assert_eq!(name(japanese).unwrap(), "\u{30bd}.vmdk");
+        assert_eq!(name(b"encoding=\"GBK\"\nRW 8 FLAT \"\xd6\xd0\" 0").unwrap(), "\u{4e2d}");
         let error = name(b"encoding=\"Shift_JIS\"\nRW 8 FLAT \"\x83\" 0").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        let error = name(b"encoding=\"UTF-16\"\nRW 8 FLAT \"\x83\" 0").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 

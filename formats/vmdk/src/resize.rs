@@ -2,7 +2,7 @@
 //! Growing disks that are not in use.
 
 use crate::compose::extent_line;
-use crate::create::{CreateOptions, GRAIN, Plan, SPLIT, Subformat, create_extent, extent_name};
+use crate::create::{GRAIN, Plan, create_extent};
 use crate::descriptor::with_extents;
 use crate::directory;
 use crate::extents::ExtentFiles;
@@ -11,6 +11,7 @@ use crate::identity::store_text;
 use crate::layout::Layout;
 use crate::line::{Access, ExtentLine, ExtentType};
 use crate::open::{File, file_kind, not_a_disk, read_head, read_text};
+use crate::options::{SPLIT, Subformat, extent_name};
 use crate::{Descriptor, MAX_EXTENTS, SECTOR};
 use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
 
@@ -234,12 +235,5 @@ fn grow_extent(files: &dyn ExtentFiles, line: &ExtentLine, more: u64) -> Result<
             "extents of type {} cannot be resized",
             line.kind.word()
         ))),
-    }
-}
-
-impl CreateOptions {
-    /// The name of extent `number`, counted from 0.
-    pub fn extent_name(&self, number: u64) -> String {
-        extent_name(&self.name, self.subformat, number)
     }
 }

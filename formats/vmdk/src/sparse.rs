@@ -10,6 +10,7 @@ use crate::layout::{LOST, Layout, Place};
 use crate::losses::Losses;
 use crate::table::{Table, Tables};
 use crate::writer::Writer;
+use std::cell::Cell;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Result, Span};
 
@@ -20,6 +21,11 @@ const COMPRESSED_RUN: u64 = 4 << 20;
 const GRAINS_PER_QUERY: u32 = 16 << 10;
 /// Tables that one extent query passes over as a whole.
 const TABLES_PER_QUERY: u32 = 64 << 10;
+
+thread_local! {
+    /// What this thread read of compressed grains: a fresh buffer costs its pages anew.
+    static STORED: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
 
 /// One file of grains.
 #[derive(Debug)]
@@ -182,14 +188,18 @@ impl SparseExtent {
         }
         let bound = bound.unwrap_or_else(|| grain_len.saturating_add(SECTOR));
         let end = last.saturating_add(bound).min(self.file.size());
-        let mut stored = vec![0; usize::try_from(end.saturating_sub(at)).unwrap_or(0)];
-        self.file.read_at(&mut stored, at)?;
+        let len = usize::try_from(end.saturating_sub(at)).unwrap_or(0);
+        let mut own = STORED.take();
+        own.resize(own.len().max(len), 0);
+        let stored = own.get_mut(..len).unwrap_or_default();
+        self.file.read_at(stored, at)?;
         let pieces = buf.chunks_exact_mut(usize::try_from(grain_len).unwrap_or(usize::MAX));
         for ((number, start), piece) in (index..).zip(&starts).zip(pieces) {
             let from = usize::try_from(start.saturating_sub(at)).unwrap_or(usize::MAX);
             let stored = stored.get(from..).unwrap_or_default();
             self.inflate((number, *start), stored, piece)?;
         }
+        STORED.set(own);
         Ok(length_of(&starts).saturating_mul(grain_len))
     }
 

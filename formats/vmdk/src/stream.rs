@@ -7,14 +7,14 @@
 use crate::SECTOR;
 use crate::compose::compose;
 use crate::create::{
-    CreateOptions, DESCRIPTOR_SECTORS, GRAIN, HeaderFields, Subformat, TABLE_ENTRIES,
-    check_descriptor, invalidate,
+    DESCRIPTOR_SECTORS, GRAIN, HeaderFields, TABLE_ENTRIES, check_descriptor, invalidate,
 };
 use crate::footer::{END_OF_STREAM, FOOTER, GRAIN_DIRECTORY, GRAIN_TABLE};
 use crate::header::{
     DIRECTORY_AT_END, FLAG_COMPRESSED, FLAG_MARKERS, FLAG_NEWLINE_TEST, MAX_DIRECTORY_ENTRIES,
 };
 use crate::identity::random_cid;
+use crate::options::{CreateOptions, Subformat};
 use libdeflater::{CompressionLvl, Compressor};
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
