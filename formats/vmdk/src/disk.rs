@@ -55,6 +55,11 @@ impl Below<'_> {
         self.disk.read_below(buf, self.start.saturating_add(at))
     }
 
+    /// Whether there is no disk below.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.disk.parent.is_none()
+    }
+
     /// How many of the `len` bytes below byte `at` of the extent are known to be zero
     /// before the first that may be data.
     pub(crate) fn zeroes(&self, at: u64, len: u64) -> Result<u64> {
@@ -246,9 +251,17 @@ impl Piece {
             Backing::Zero => Ok(Extent::new(ExtentKind::Zero, self.len.saturating_sub(within))),
             Backing::Flat(slice) => slice.extent_at(within),
             Backing::Sparse(extent) => {
-                let (place, len) = extent.extent(within)?;
+                let start = self.start.saturating_add(within);
+                let left = self.len.saturating_sub(within);
+                // The disk below may answer in small pieces; looking further than them each
+                // time would cost the square of their number.
+                let bound = match (extent.place(within)?, &disk.parent) {
+                    (Place::Absent, Some(_)) => disk.extent_below(start, left)?.len,
+                    _ => left,
+                };
+                let (place, len) = extent.extent(within, bound)?;
                 match place {
-                    Place::Absent => disk.extent_below(self.start.saturating_add(within), len),
+                    Place::Absent => disk.extent_below(start, len),
                     Place::Zero => Ok(Extent::new(ExtentKind::Zero, len)),
                     Place::Stored(_) if extent.layout().compressed => {
                         let data = Extent::new(ExtentKind::Data, len);

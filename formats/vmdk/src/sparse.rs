@@ -125,12 +125,14 @@ impl SparseExtent {
             let in_grain = grain_len.get().saturating_sub(within).min(wanted);
             let done = match walk.place(index)? {
                 Place::Absent => {
-                    below.read(head(buf, in_grain), offset)?;
-                    in_grain
+                    let len = walk.blank_run(offset, Place::Absent, wanted)?;
+                    below.read(head(buf, len), offset)?;
+                    len
                 }
                 Place::Zero => {
-                    head(buf, in_grain).fill(0);
-                    in_grain
+                    let len = walk.blank_run(offset, Place::Zero, wanted)?;
+                    head(buf, len).fill(0);
+                    len
                 }
                 Place::Stored(at) if self.layout.compressed => {
                     if within == 0 && wanted >= grain_len.get() {
@@ -262,9 +264,15 @@ impl SparseExtent {
         Ok(grain)
     }
 
-    /// What byte `offset` belongs to, and for how many bytes the same is true. A stored
-    /// place is that of the byte itself; compressed neighbours count as the same.
-    pub(crate) fn extent(&self, offset: u64) -> Result<(Place, u64)> {
+    /// Where the grain of byte `offset` is.
+    pub(crate) fn place(&self, offset: u64) -> Result<Place> {
+        Walk::new(self).place(offset / self.layout.grain)
+    }
+
+    /// What byte `offset` belongs to, and for how many bytes the same is true: `most` if
+    /// that is found to be so. A stored place is that of the byte itself; compressed
+    /// neighbours count as the same.
+    pub(crate) fn extent(&self, offset: u64, most: u64) -> Result<(Place, u64)> {
         let grain_len = self.layout.grain;
         let index = offset / grain_len;
         let within = offset % grain_len;
@@ -272,8 +280,8 @@ impl SparseExtent {
         let first = walk.place(index)?;
         let mut next = index.saturating_add(1);
         let (mut grains, mut tables) = (0, 0);
-        while next < self.layout.grains() && grains < GRAINS_PER_QUERY && tables < TABLES_PER_QUERY
-        {
+        let stop = offset.saturating_add(most).div_ceil(grain_len.get()).min(self.layout.grains());
+        while next < stop && grains < GRAINS_PER_QUERY && tables < TABLES_PER_QUERY {
             let table = next / self.layout.table_entries;
             let at_start = next % self.layout.table_entries == 0;
             // A broken table further on is the business of whoever asks about that part.
@@ -374,6 +382,17 @@ impl<'a> Walk<'a> {
             if self.place(next)? != Place::Stored(start.saturating_add(len)) {
                 break;
             }
+            len = len.saturating_add(grain.get()).min(wanted);
+        }
+        Ok(len)
+    }
+
+    /// How many of the `wanted` bytes from byte `offset` of the extent on, whose grain is not
+    /// stored, are in grains of the same state.
+    fn blank_run(&mut self, offset: u64, state: Place, wanted: u64) -> Result<u64> {
+        let grain = self.extent.layout.grain;
+        let mut len = grain.get().saturating_sub(offset % grain).min(wanted);
+        while len < wanted && self.place(offset.saturating_add(len) / grain)? == state {
             len = len.saturating_add(grain.get()).min(wanted);
         }
         Ok(len)

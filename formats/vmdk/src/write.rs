@@ -149,7 +149,9 @@ impl SparseExtent {
         let mut offset = span.start;
         while offset < span.end() {
             let left = span.end().saturating_sub(offset);
-            let (place, len) = self.extent(offset)?;
+            // The disk below may answer in small pieces, each of which asks again.
+            let most = if below.is_nothing() { left } else { left.min(LARGEST_RUN) };
+            let (place, len) = self.extent(offset, most)?;
             let len = len.min(left);
             let done = match place {
                 Place::Zero => len,
@@ -170,8 +172,9 @@ impl SparseExtent {
                 }
             };
             offset = offset.saturating_add(done);
+            self.make_room(writer)?;
         }
-        self.make_room(writer)
+        Ok(())
     }
 
     /// Up to where stored bytes are zeroed in the file: to the end of a grain that is not
@@ -199,8 +202,9 @@ impl SparseExtent {
         let writer = self.writer()?;
         let mut offset = first;
         while offset < end {
-            let (place, len) = self.extent(offset)?;
-            let len = len.min(end.saturating_sub(offset));
+            let left = end.saturating_sub(offset);
+            let (place, len) = self.extent(offset, left)?;
+            let len = len.min(left);
             if matches!(place, Place::Stored(_)) {
                 self.zero(Span::new(offset, len), Zeroing::MayUnmap, below)?;
             }

@@ -269,7 +269,7 @@ fn disks_grow() {
     let data = pattern(100_000, 5);
     for (subformat, large, extents) in [
         (Subformat::MonolithicSparse, 70 << 20, 1),
-        (Subformat::MonolithicSparse, 300 << 30, 1),
+        (Subformat::MonolithicSparse, 30 << 30, 1),
         (Subformat::MonolithicFlat, 70 << 20, 1),
         (Subformat::Vmfs, 70 << 20, 1),
         (Subformat::TwoGbMaxExtentSparse, 5 << 30, 3),
@@ -326,7 +326,7 @@ fn streams_do_not_grow() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(30))]
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
     fn damaged_disks_are_survived(
