@@ -112,6 +112,11 @@ impl Vmdk {
         &self.descriptor.create_type
     }
 
+    /// What the descriptor said when the disk was opened; empty if there is none.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
     /// The content id, which changes with the first write after opening.
     pub fn cid(&self) -> Option<u32> {
         let now = self.identity.as_ref().map(Identity::cid);
