@@ -178,6 +178,25 @@ proptest! {
     }
 
     #[test]
+    fn damaged_chunks_do_no_harm(
+        which in 0..5_usize,
+        (seed, place) in (any::<u64>(), any::<prop::sample::Index>()),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+    ) {
+        let kind = [ADC, ZLIB, BZIP2, LZFSE, LZMA][which];
+        let mut bytes = vec![7; 8192];
+        let at = place.index(6000);
+        bytes[at..at + 2000].copy_from_slice(&pattern(2000, seed));
+        let mut stored = pack(kind, &bytes);
+        for (place, new) in flips {
+            let len = stored.len();
+            stored[place.index(len)] = new;
+        }
+        let dmg = open(image(16, &[(kind, 0, 16, stored)], 0)).unwrap();
+        exercise(&dmg);
+    }
+
+    #[test]
     fn damaged_tables_do_no_harm(
         table in damaged(
             {
