@@ -61,7 +61,7 @@ pub struct Qcow2 {
     /// Length of the file when it was opened; it is never cut below.
     pub(crate) original_len: u64,
     pub(crate) inflated: Mutex<Inflated>,
-    /// Enabled bitmaps; may be locked while the metadata is.
+    /// Enabled bitmaps; locked before the metadata.
     pub(crate) tracking: Mutex<Tracking>,
 }
 
@@ -182,13 +182,12 @@ impl Qcow2 {
     }
 
     /// Makes everything durable and stores the bitmaps that writes have marked, as dropping
-    /// it does, and reports what goes wrong.
+    /// it does, and reports what goes wrong. It can be used on afterwards.
     ///
     /// # Errors
     ///
     /// I/O errors. Bitmaps are inconsistent then.
     pub fn close(self) -> Result<()> {
-        self.stop_tracking()?;
         self.shut()
     }
 
@@ -295,7 +294,6 @@ impl BlockDevice for Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         // Errors have nobody to go to here: who needs to know calls flush or finish first.
-        let _ = self.stop_tracking();
         let _ = self.shut();
     }
 }

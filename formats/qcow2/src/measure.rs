@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! How large the file of an image is going to be.
 
-use crate::geometry::Geometry;
 use tranship_block::{BlockDevice, Error, ExtentKind, Extents, Result, Span};
 
 /// What the image is going to be.
@@ -55,42 +54,60 @@ pub fn measure(
             options.cluster_bits, options.refcount_bits
         )));
     }
-    let geometry = Geometry {
-        cluster_bits: options.cluster_bits,
-        refcount_order: options.refcount_bits.trailing_zeros(),
-        version: 3,
-        extended: options.extended_l2,
-        external: false,
-    };
-    let entries = geometry.entries();
-    let data = geometry.clusters_for(size);
+    let clusters = Clusters { bits: options.cluster_bits };
+    let entries = if options.extended_l2 { clusters.bytes() / 16 } else { clusters.bytes() / 8 };
+    let data = clusters.of(size);
     let l2 = data.div_ceil(entries);
     if l2.saturating_mul(8) > crate::header::LARGEST_L1 {
         return Err(Error::usage(format!(
             "a size of {size} bytes is too large for clusters of {} bytes",
-            geometry.cluster()
+            clusters.bytes()
         )));
     }
-    let l1 = geometry.clusters_for(l2.saturating_mul(8));
+    let l1 = clusters.of(l2.saturating_mul(8));
     let counted = data.saturating_add(l2).saturating_add(l1).saturating_add(1);
-    let all = counted.saturating_add(refcount_clusters(geometry, counted));
+    let bits = u64::from(options.refcount_bits);
+    let per_block = clusters.bytes().saturating_mul(8).checked_div(bits).unwrap_or(1);
+    let all = counted.saturating_add(refcount_clusters(clusters, per_block, counted));
     let stored = match source {
         _ if options.is_preallocated => data,
         None => 0,
-        Some(source) => stored_clusters(geometry, source)?,
+        Some(source) => stored_clusters(clusters, source)?,
     };
     Ok(Measured {
-        required: geometry.offset(all.saturating_sub(data).saturating_add(stored)),
-        fully_allocated: geometry.offset(all),
+        required: clusters.offset(all.saturating_sub(data).saturating_add(stored)),
+        fully_allocated: clusters.offset(all),
     })
 }
 
+/// Clusters of an image that does not exist yet.
+#[derive(Clone, Copy, Debug)]
+struct Clusters {
+    bits: u32,
+}
+
+impl Clusters {
+    fn bytes(self) -> u64 {
+        1_u64.wrapping_shl(self.bits)
+    }
+
+    /// Clusters needed for `bytes`.
+    fn of(self, bytes: u64) -> u64 {
+        bytes.div_ceil(self.bytes())
+    }
+
+    /// Bytes that `count` clusters have.
+    fn offset(self, count: u64) -> u64 {
+        count.saturating_mul(self.bytes())
+    }
+}
+
 /// Clusters for the counts of `counted` clusters, and for their own.
-fn refcount_clusters(geometry: Geometry, counted: u64) -> u64 {
+fn refcount_clusters(clusters: Clusters, per_block: u64, counted: u64) -> u64 {
     let mut own = 0_u64;
     loop {
-        let blocks = counted.saturating_add(own).div_ceil(geometry.per_block());
-        let table = geometry.clusters_for(blocks.saturating_mul(8));
+        let blocks = counted.saturating_add(own).div_ceil(per_block);
+        let table = clusters.of(blocks.saturating_mul(8));
         let needed = blocks.saturating_add(table);
         if needed == own {
             return own;
@@ -100,13 +117,13 @@ fn refcount_clusters(geometry: Geometry, counted: u64) -> u64 {
 }
 
 /// Clusters of the target that any data of `source` lies in.
-fn stored_clusters(geometry: Geometry, source: &dyn BlockDevice) -> Result<u64> {
+fn stored_clusters(clusters: Clusters, source: &dyn BlockDevice) -> Result<u64> {
     let (mut sum, mut next) = (0_u64, 0_u64);
     for run in Extents::new(source, Span::new(0, source.size())) {
         let (span, kind) = run?;
         if kind == ExtentKind::Data {
-            let first = geometry.index(span.start).max(next);
-            next = geometry.clusters_for(span.end());
+            let first = span.start.wrapping_shr(clusters.bits).max(next);
+            next = clusters.of(span.end());
             sum = sum.saturating_add(next.saturating_sub(first));
         }
     }
@@ -116,21 +133,15 @@ fn stored_clusters(geometry: Geometry, source: &dyn BlockDevice) -> Result<u64> 
 /// Bytes that a copy of the bitmaps of a disk of `size` bytes takes: for each its
 /// granularity and the length of its name.
 pub fn measure_bitmaps(size: u64, cluster_bits: u32, bitmaps: &[crate::Bitmap]) -> u64 {
-    let geometry = Geometry {
-        cluster_bits: cluster_bits.clamp(9, 21),
-        refcount_order: 4,
-        version: 3,
-        extended: false,
-        external: false,
-    };
+    let unit = Clusters { bits: cluster_bits.clamp(9, 21) };
     let (mut clusters, mut directory) = (0_u64, 0_u64);
     for bitmap in bitmaps {
         let bits = size.div_ceil(bitmap.granularity.max(1));
-        let chunks = geometry.clusters_for(bits.div_ceil(8));
-        let table = geometry.clusters_for(chunks.saturating_mul(8));
+        let chunks = unit.of(bits.div_ceil(8));
+        let table = unit.of(chunks.saturating_mul(8));
         clusters = clusters.saturating_add(chunks).saturating_add(table);
         let name = crate::geometry::to_u64(bitmap.name.len());
         directory = directory.saturating_add(name.saturating_add(24).next_multiple_of(8));
     }
-    geometry.offset(clusters.saturating_add(geometry.clusters_for(directory)))
+    unit.offset(clusters.saturating_add(unit.of(directory)))
 }

@@ -2,18 +2,19 @@
 //! Changing the virtual size.
 
 mod grow;
+mod tail;
 
 use crate::bitmaps;
 use crate::create::Preallocation;
 use crate::editor::Editor;
 use crate::first_cluster::field;
 use crate::geometry::{COPIED, to_usize};
-use crate::header::{DATA_FILE, LARGEST_L1};
+use crate::header::LARGEST_L1;
 use crate::metadata::Run;
 use crate::refcounts::to_bytes;
 use crate::shape::read_sparse;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Result, Storage};
+use tranship_block::{BlockDevice, Error, ErrorKind, Result, Storage};
 
 /// How a disk is resized.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +26,8 @@ pub struct ResizeOptions {
     /// The backing image; required to grow an image whose header names one, since what it
     /// has past the old end must not appear.
     pub backing: Option<Arc<dyn BlockDevice>>,
+    /// The external data file; required for an image that has one. It gets the disk's size.
+    pub data_file: Option<Arc<dyn Storage>>,
 }
 
 /// Gives the disk in the image in `storage` a size of `size` bytes, rounded up to a multiple
@@ -32,12 +35,11 @@ pub struct ResizeOptions {
 ///
 /// # Errors
 ///
-/// [`tranship_block::ErrorKind::Usage`] for a smaller size that was not allowed or one past
-/// the format's limits, [`tranship_block::ErrorKind::Denied`] without the backing image where
-/// it is needed, [`tranship_block::ErrorKind::Unsupported`] for images of version 2 with
-/// snapshots, which do not record their sizes, and for those with a data file;
-/// [`tranship_block::ErrorKind::Corrupt`] for an image that needs a repair, and with bitmaps
-/// that are inconsistent.
+/// [`ErrorKind::Usage`] for a smaller size that was not allowed or one past the format's
+/// limits, [`ErrorKind::Denied`] without the backing image or the data file where it is
+/// needed, [`ErrorKind::Unsupported`] for images of version 2 with snapshots, which do not
+/// record their sizes, and where new bytes of an encrypted disk would not be zero;
+/// [`ErrorKind::Corrupt`] for an image that needs a repair or has inconsistent bitmaps.
 pub fn resize(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) -> Result<()> {
     let size = size
         .checked_next_multiple_of(512)
@@ -47,8 +49,14 @@ pub fn resize(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) ->
     if editor.header.version < 3 && editor.header.nb_snapshots > 0 {
         return Err(Error::unsupported("resizing an image of version 2 that has snapshots"));
     }
-    if editor.header.incompatible_features & DATA_FILE != 0 {
-        return Err(Error::unsupported("resizing an image with an external data file"));
+    if editor.shape().has_data_file && options.data_file.is_none() {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            format!(
+                "the image keeps its data in another file, {:?}, which was not given",
+                editor.header.data_file.as_deref().unwrap_or("without a name")
+            ),
+        ));
     }
     if editor.shape().l1_entries(size).saturating_mul(8) > LARGEST_L1 {
         return Err(Error::usage(format!(
@@ -68,7 +76,12 @@ pub fn resize(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) ->
         if options.preallocation != Preallocation::Off {
             return Err(Error::usage("preallocation for a disk that becomes smaller"));
         }
-        return cut(editor, size);
+        cut(editor, size)?;
+        return match &options.data_file {
+            // A block device has the size that it has.
+            Some(data) if data.size() > size => data.set_len(size).or(Ok(())),
+            _ => Ok(()),
+        };
     }
     // What an interrupted writer or another program left past the end would appear.
     cut(editor, old)?;

@@ -17,6 +17,7 @@
 //! What a batch contains is fixed at one moment under the lock; what changes while it is
 //! written belongs to the next one.
 
+use crate::bitmaps::tracking::Tracking;
 use crate::bulk;
 use crate::geometry::to_u64;
 use crate::header::DIRTY;
@@ -49,14 +50,16 @@ impl Qcow2 {
         let storage = self.writable(span.start)?;
         span.check_within(self.size())?;
         self.check_alive()?;
+        let mut tracking = self.tracking.lock().unwrap_or_else(PoisonError::into_inner);
         let mut metadata = self.lock();
         if !metadata.prepared {
             // It may have been prepared before, and finished since.
             metadata.refcounts.metadata.clear();
-            self.prepare(&mut metadata, storage)?;
+            self.prepare(&mut metadata, storage, &mut tracking)?;
             metadata.prepared = true;
         }
-        self.tracking.lock().unwrap_or_else(PoisonError::into_inner).mark(span);
+        tracking.mark(span);
+        drop(tracking);
         if metadata.frees.len() > MOST_FREES {
             drop(metadata);
             self.flush_all()?;
@@ -76,7 +79,12 @@ impl Qcow2 {
 
     /// Collects where metadata is, refuses images in which it overlaps, and clears the
     /// feature bits of data that this crate does not keep up to date.
-    fn prepare(&self, metadata: &mut Metadata, storage: &Arc<dyn Storage>) -> Result<()> {
+    fn prepare(
+        &self,
+        metadata: &mut Metadata,
+        storage: &Arc<dyn Storage>,
+        tracking: &mut Tracking,
+    ) -> Result<()> {
         let geometry = self.geometry;
         let header = &self.header;
         let mut claim = |what: &str, offset: u64, bytes: u64| {
@@ -124,7 +132,7 @@ impl Qcow2 {
         }
         let mut must_flush = false;
         if header.autoclear_features != 0 {
-            let kept = self.start_tracking(&**storage)?;
+            let kept = self.start_tracking(&**storage, tracking)?;
             storage.write_at(&kept.to_be_bytes(), 88)?;
             must_flush = true;
         }
@@ -268,6 +276,7 @@ impl Qcow2 {
     /// I/O errors.
     pub fn finish(&self) -> Result<()> {
         let Some(storage) = &self.storage else { return Ok(()) };
+        self.stop_tracking()?;
         self.flush_all()?;
         let _nobody = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
         let mut metadata = self.lock();

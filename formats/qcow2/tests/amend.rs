@@ -11,8 +11,8 @@ use support::{contents, open, options, pattern};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Repair, Span, Storage, Zeroing};
 use tranship_format_testing::{PowerCut, has_tool, qemu_img, raw_by_qemu};
 use tranship_qcow2::{
-    Amendments, Backing, CreateOptions, Header, Qcow2, add_bitmap, amend, change_backing, check,
-    check_read_only, create, create_snapshot,
+    Amendments, Backing, CreateOptions, Header, OpenOptions, Qcow2, add_bitmap, amend,
+    change_backing, check, check_read_only, create, create_snapshot,
 };
 use tranship_raw::{Access, RawFile};
 
@@ -39,7 +39,7 @@ fn fill(storage: &Arc<dyn Storage>, backing: Option<Arc<dyn BlockDevice>>) {
     image.write_at(&pattern(400_000, 1), 1000).unwrap();
     image.write_zeroes(Span::new(100_000, 90_000), Zeroing::KeepAllocated).unwrap();
     image.write_zeroes(Span::new(300_000, 300_000), Zeroing::MayUnmap).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
 }
 
 #[test]
@@ -93,7 +93,8 @@ fn zero_clusters_still_hide_a_backing_image_in_version_2() {
     amend(&*storage, &version(2)).unwrap();
     clean(&*storage);
     assert!(contents(&open(&storage, Some(base.clone()))) == before);
-    let kept = Qcow2::open_snapshot(storage.clone(), "one", Some(base)).unwrap();
+    let with = OpenOptions { backing: Some(base), ..OpenOptions::default() };
+    let kept = Qcow2::open_snapshot(storage.clone(), "one", with).unwrap();
     assert!(contents(&kept) == before);
 }
 
@@ -169,7 +170,7 @@ fn every_cut_leaves_a_sound_image() {
     let image = open(&(storage.clone() as Arc<dyn Storage>), None);
     image.write_at(&pattern(30_000, 1), 0).unwrap();
     image.write_zeroes(Span::new(5000, 9000), Zeroing::KeepAllocated).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     let first = contents(&Qcow2::open_read_only(storage.clone(), None).unwrap());
     for amendments in [width(64), width(1), version(2)] {
         let cut = PowerCut::new(storage.snapshot());

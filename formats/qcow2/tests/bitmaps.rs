@@ -125,7 +125,7 @@ fn bits_set_by_writes_are_what_qemu_exports() {
         image.write_zeroes(Span::new(3 << 20, 70_000), Zeroing::MayUnmap).unwrap();
         image.discard(Span::new(2_000_000, 100_000)).unwrap();
         image.write_at(&pattern(10, 1), (6 << 20) - 10).unwrap();
-        image.close().unwrap();
+        image.finish().unwrap();
         clean(path);
         assert_eq!(listed(path), info(path), "{args}");
         assert_eq!(ours(path, "fine")[0], (4608, 1536));

@@ -11,8 +11,9 @@ use support::{contents, open, options, pattern};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Repair, Storage};
 use tranship_format_testing::{PowerCut, has_tool, qemu_img, raw_by_qemu};
 use tranship_qcow2::{
-    Backing, BitmapContent, CreateOptions, Header, Preallocation, Qcow2, ResizeOptions, add_bitmap,
-    apply_snapshot, check, check_read_only, create, create_snapshot, delete_snapshot, resize,
+    Backing, BitmapContent, CreateOptions, Header, OpenOptions, Preallocation, Qcow2,
+    ResizeOptions, add_bitmap, apply_snapshot, check, check_read_only, create, create_snapshot,
+    delete_snapshot, resize,
 };
 use tranship_raw::{Access, RawFile};
 
@@ -44,7 +45,7 @@ fn growing_and_shrinking_agree_with_qemu() {
         let mut model = pattern(1_024_000, 1);
         let image = open(&file(&path), None);
         image.write_at(&model, 0).unwrap();
-        image.close().unwrap();
+        image.finish().unwrap();
         for size in
             [1_500_160, 20 << 20, (20 << 20) + 512, 1_024_512, 700_000, 3 << 20, 512, 0, 9000]
         {
@@ -60,7 +61,7 @@ fn growing_and_shrinking_agree_with_qemu() {
             let image = open(&file(&path), None);
             let piece = pattern((size - at) as usize, size);
             image.write_at(&piece, at).unwrap();
-            image.close().unwrap();
+            image.finish().unwrap();
             model[at as usize..].copy_from_slice(&piece);
         }
     }
@@ -75,7 +76,7 @@ fn a_smaller_disk_has_a_smaller_file() {
     // The table comes first, as it does when a guest writes.
     image.write_at(&[1], 0).unwrap();
     image.write_at(&pattern(10 << 20, 1), 0).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     resize(&storage, 1 << 20, &shrink()).unwrap();
     assert!(storage.size() <= 22 << 16, "{}", storage.size());
     clean(&*storage);
@@ -128,19 +129,54 @@ fn what_a_longer_backing_image_has_does_not_appear() {
 }
 
 #[test]
+fn a_data_file_gets_the_size_of_the_disk() {
+    if !has_tool("qemu-img") || !has_tool("qemu-io") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (path, data) = (folder.path().join("image"), folder.path().join("data"));
+    for raw in ["off", "on"] {
+        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_file(&data);
+        let named = format!("data_file={},data_file_raw={raw}", data.display());
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &named], &[&path, Path::new("300k")]);
+        let mut command = std::process::Command::new("qemu-io");
+        command.args(["-f", "qcow2", "-c", "write -P 7 200k 100k"]).arg(&path);
+        assert!(command.output().unwrap().status.success());
+        let denied = resize(&file(&path), 1 << 20, &shrink()).unwrap_err();
+        assert_eq!(denied.kind(), ErrorKind::Denied);
+        for size in [1 << 20, 250 << 10, 600 << 10] {
+            let with = ResizeOptions { data_file: Some(file(&data)), ..shrink() };
+            resize(&file(&path), size, &with).unwrap();
+            clean(&*file(&path));
+            qemu_img(&["check", "-q"], &[&path]);
+            let now = raw_by_qemu("qcow2", folder.path(), &path);
+            let mut expected = vec![0; size as usize];
+            let kept = if size == 1 << 20 { 300 } else { 250 };
+            expected[200 << 10..kept << 10].fill(7);
+            assert!(now == expected, "raw {raw}, {size}");
+            assert_eq!(std::fs::metadata(&data).unwrap().len(), size);
+            if raw == "on" {
+                assert!(std::fs::read(&data).unwrap() == expected);
+            }
+        }
+    }
+}
+
+#[test]
 fn snapshots_and_bitmaps_are_kept() {
     let storage = Arc::new(MemoryDevice::new(Vec::new()));
     create(&*storage, &options(300_032, 12)).unwrap();
     let storage: Arc<dyn Storage> = storage;
     let image = open(&storage, None);
     image.write_at(&pattern(300_032, 1), 0).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     let first = pattern(300_032, 1);
     create_snapshot(&*storage, "one", UNIX_EPOCH).unwrap();
     for size in [100_352, 500_224, 300_032] {
         resize(&storage, size, &shrink()).unwrap();
         clean(&*storage);
-        let kept = Qcow2::open_snapshot(storage.clone(), "one", None).unwrap();
+        let kept = Qcow2::open_snapshot(storage.clone(), "one", OpenOptions::default()).unwrap();
         assert!(contents(&kept) == first);
         let now = contents(&Qcow2::open_read_only(storage.clone(), None).unwrap());
         assert!(now[..100_352] == first[..100_352]);
@@ -154,7 +190,7 @@ fn snapshots_and_bitmaps_are_kept() {
     let image = open(&storage, None);
     image.write_at(&[1], 5000).unwrap();
     image.write_at(&[1], 290_000).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     resize(&storage, 40 << 20, &shrink()).unwrap();
     assert_eq!(BitmapContent::read(&storage, "b").unwrap().dirty_bytes(), 8192);
     resize(&storage, 100_352, &shrink()).unwrap();
@@ -188,7 +224,7 @@ fn every_cut_leaves_the_old_size_or_the_new_one() {
     let image = open(&(storage.clone() as Arc<dyn Storage>), None);
     let first = pattern(40_448, 1);
     image.write_at(&first, 0).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     for (size, how) in [
         (200_192, Preallocation::Off),
         (60_416, Preallocation::Metadata),

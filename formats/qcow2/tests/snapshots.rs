@@ -11,8 +11,8 @@ use support::{contents, open, options, pattern};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Repair, Storage};
 use tranship_format_testing::{PowerCut, has_tool, qemu_img, raw_by_qemu};
 use tranship_qcow2::{
-    CreateOptions, Qcow2, apply_snapshot, check, check_read_only, create, create_snapshot,
-    delete_snapshot, snapshots,
+    CreateOptions, OpenOptions, Qcow2, apply_snapshot, check, check_read_only, create,
+    create_snapshot, delete_snapshot, snapshots,
 };
 use tranship_raw::{Access, RawFile};
 
@@ -35,7 +35,7 @@ fn write(path: &Path, len: usize, at: u64, seed: u64) {
     let storage: Arc<dyn Storage> = file(path);
     let image = open(&storage, None);
     image.write_at(&pattern(len, seed), at).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn snapshots_of_ours_and_of_qemu_live_side_by_side() {
             if extended {
                 let line = format!("write -P {seed} {} {}", at / 512 * 512, len / 512 * 512);
                 let mut command = std::process::Command::new("qemu-io");
-                assert!(command.args(["-c", &line]).arg(path).status().unwrap().success());
+                assert!(command.args(["-c", &line]).arg(path).output().unwrap().status.success());
             } else {
                 write(path, len, at, seed);
             }
@@ -93,7 +93,7 @@ fn snapshots_of_ours_and_of_qemu_live_side_by_side() {
 
         for (name, expected) in [("one", &one), ("2", &two), ("three", &three)] {
             if !extended {
-                let disk = Qcow2::open_snapshot(file(path), name, None).unwrap();
+                let disk = Qcow2::open_snapshot(file(path), name, OpenOptions::default()).unwrap();
                 assert!(contents(&disk) == **expected, "{args}: snapshot {name} as a device");
             }
             if name == "2" {
@@ -140,7 +140,7 @@ fn a_snapshot_brings_its_disk_size_back() {
     let large = raw_by_qemu("qcow2", folder.path(), path);
     create_snapshot(&*file(path), "large", time()).unwrap();
     for (name, expected) in [("small", &small), ("large", &large), ("small", &small)] {
-        let disk = Qcow2::open_snapshot(file(path), name, None).unwrap();
+        let disk = Qcow2::open_snapshot(file(path), name, OpenOptions::default()).unwrap();
         assert!(contents(&disk) == **expected, "{name}");
         apply_snapshot(&*file(path), name).unwrap();
         clean(&*file(path));
@@ -178,7 +178,10 @@ fn repaired(disk: Vec<u8>) -> (Vec<u8>, Vec<Vec<u8>>) {
         .unwrap()
         .iter()
         .map(|snapshot| {
-            contents(&Qcow2::open_snapshot(storage.clone(), &snapshot.id, None).unwrap())
+            contents(
+                &Qcow2::open_snapshot(storage.clone(), &snapshot.id, OpenOptions::default())
+                    .unwrap(),
+            )
         })
         .collect();
     (contents(&Qcow2::open_read_only(storage, None).unwrap()), kept)
@@ -190,7 +193,7 @@ fn every_cut_leaves_the_old_state_or_the_new_one() {
     create(&*storage, &CreateOptions { size: 40_448, ..options(40_448, 9) }).unwrap();
     let image = open(&(storage.clone() as Arc<dyn Storage>), None);
     image.write_at(&pattern(30_000, 1), 0).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     let first = contents(&Qcow2::open_read_only(storage.clone(), None).unwrap());
     let cut = Arc::new(PowerCut::new(storage.snapshot()));
     create_snapshot(&*cut, "one", time()).unwrap();
@@ -201,7 +204,7 @@ fn every_cut_leaves_the_old_state_or_the_new_one() {
 
     let image = open(&(cut.clone() as Arc<dyn Storage>), None);
     image.write_at(&pattern(20_000, 2), 9000).unwrap();
-    image.close().unwrap();
+    image.finish().unwrap();
     let second = contents(&Qcow2::open_read_only(cut.clone(), None).unwrap());
     let mut whole = vec![0; cut.size() as usize];
     cut.read_at(&mut whole, 0).unwrap();

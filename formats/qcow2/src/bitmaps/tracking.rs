@@ -45,15 +45,15 @@ impl Tracking {
 }
 
 impl Qcow2 {
-    fn is_tracking(&self) -> bool {
-        !self.tracking.lock().unwrap_or_else(PoisonError::into_inner).0.is_empty()
-    }
-
     /// Loads enabled bitmaps and marks them as in use. Returns the autoclear bits that stay
     /// true while the image is written.
     ///
     /// A bitmap that cannot be loaded is left marked as in use: it is of no use any more.
-    pub(crate) fn start_tracking(&self, storage: &dyn Storage) -> Result<u64> {
+    pub(crate) fn start_tracking(
+        &self,
+        storage: &dyn Storage,
+        tracking: &mut Tracking,
+    ) -> Result<u64> {
         let first = FirstCluster::read(storage, &self.header)?;
         let has_data_file = self.header.incompatible_features & DATA_FILE != 0;
         let autoclear = first.u64(field::AUTOCLEAR);
@@ -61,7 +61,7 @@ impl Qcow2 {
         if autoclear & UP_TO_DATE == 0 {
             return Ok(kept);
         }
-        if self.is_tracking() {
+        if !tracking.0.is_empty() {
             // Prepared again after lazy reference counts were written: the bits are here.
             return Ok(kept | UP_TO_DATE);
         }
@@ -83,14 +83,15 @@ impl Qcow2 {
             entry.flags |= IN_USE;
         }
         write(storage, &directory)?;
-        *self.tracking.lock().unwrap_or_else(PoisonError::into_inner) = Tracking(tracked);
+        *tracking = Tracking(tracked);
         Ok(kept | UP_TO_DATE)
     }
 
     /// Stores the bitmaps that were kept since the first write; nothing is marked any more.
     pub(crate) fn stop_tracking(&self) -> Result<()> {
-        let tracked =
-            std::mem::take(&mut *self.tracking.lock().unwrap_or_else(PoisonError::into_inner));
+        // Held to the end: whoever writes next finds them stored, and starts anew.
+        let mut tracking = self.tracking.lock().unwrap_or_else(PoisonError::into_inner);
+        let tracked = std::mem::take(&mut *tracking);
         let Some(storage) = self.storage.as_ref().filter(|_| !tracked.0.is_empty()) else {
             return Ok(());
         };
@@ -107,7 +108,8 @@ impl Qcow2 {
         self.flush_all()?;
         storage.flush()?;
         write(&**storage, &directory)?;
-        self.flush_all()
+        self.lock().prepared = false;
+        Ok(())
     }
 
     /// Writes bits over the old ones, which nobody reads while the bitmap is in use.

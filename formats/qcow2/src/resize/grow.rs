@@ -2,28 +2,36 @@
 //! Making the disk larger.
 
 use super::ResizeOptions;
+use super::tail::blank_tail;
 use crate::bitmaps;
+use crate::bitmaps::tracking::DATA_FILE_RAW;
 use crate::create::Preallocation;
 use crate::editor::Editor;
 use crate::first_cluster::field;
-use crate::geometry::{COPIED, Mapping, ZERO, to_u64, to_usize};
-use crate::image::{OpenOptions, Qcow2};
+use crate::geometry::{COPIED, ZERO, to_u64, to_usize};
+use crate::header::Header;
 use crate::refcounts::to_bytes;
 use crate::shape::{Shape, read_sparse};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, ErrorKind, MemoryDevice, Result, Span, Storage, Zeroing};
+use tranship_block::{BlockDevice, Error, ErrorKind, Result, Span, Storage, Zeroing};
 
 /// Zeroes that are written at once.
 const PIECE: u64 = 1 << 20;
+/// All subclusters of a cluster, as allocated ones.
+const ALL: u64 = 0xffff_ffff;
 
 pub(super) fn grow(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) -> Result<()> {
-    let header = crate::header::Header::read(storage)?;
+    let header = Header::read(storage)?;
     if let (Some(backing), None) = (&header.backing, &options.backing) {
         return Err(Error::new(
             ErrorKind::Denied,
             format!("the image needs backing file {:?}, which was not given", backing.name),
         ));
     }
+    if header.crypt_method != 0 && options.preallocation != Preallocation::Off {
+        return Err(Error::unsupported("preallocation for an encrypted disk"));
+    }
+    let below = options.backing.as_ref().map_or(0, BlockDevice::size);
     blank_tail(storage, header.size, options)?;
     let mut editor = Editor::open(&**storage)?;
     let (shape, geometry) = (editor.shape(), editor.geometry());
@@ -36,8 +44,18 @@ pub(super) fn grow(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOption
 
     let first = geometry.clusters_for(header.size);
     let end = geometry.clusters_for(size);
-    let is_changed = if options.preallocation == Preallocation::Off {
-        let below = options.backing.as_ref().map_or(0, BlockDevice::size);
+    let mut is_changed = hide_subclusters(&mut editor, &mut l1, header.size, below)?;
+    is_changed |= if let Some(data) = &options.data_file {
+        let is_raw = header.autoclear_features & DATA_FILE_RAW != 0;
+        lengthen(&**data, Span::new(header.size, size.saturating_sub(header.size)), options)?;
+        // A raw disk has no holes that another layer could fill.
+        let mapped = if is_raw || options.preallocation != Preallocation::Off {
+            first..end
+        } else {
+            first..first
+        };
+        map(&mut editor, &mut l1, mapped, |number, _| [geometry.offset(number) | COPIED, ALL])?
+    } else if options.preallocation == Preallocation::Off {
         let hidden = geometry.clusters_for(below.min(size));
         if hidden > first && header.version < 3 {
             return Err(Error::unsupported(
@@ -45,13 +63,12 @@ pub(super) fn grow(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOption
             ));
         }
         let blank = blank(shape);
-        map(&mut editor, &mut l1, first..hidden.max(first), |_| blank)?
+        map(&mut editor, &mut l1, first..hidden.max(first), |_, _| blank)?
     } else {
         let host = reserve(&mut editor, end.saturating_sub(first), options.preallocation)?;
-        map(&mut editor, &mut l1, first..end, |number| {
+        map(&mut editor, &mut l1, first..end, |number, _| {
             let at = geometry.offset(number.saturating_sub(first));
-            // All subclusters are allocated.
-            [host.saturating_add(at) | COPIED, 0xffff_ffff]
+            [host.saturating_add(at) | COPIED, ALL]
         })?
     };
     if is_changed || is_moved {
@@ -67,85 +84,77 @@ pub(super) fn grow(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOption
 
 /// An entry that reads as zero whatever lies below.
 fn blank(shape: Shape) -> [u64; 2] {
-    if shape.is_extended { [0, 0xffff_ffff << 32] } else { [ZERO, 0] }
+    if shape.is_extended { [0, ALL << 32] } else { [ZERO, 0] }
 }
 
-/// Makes the last cluster zero past the end of the disk at `size`.
-fn blank_tail(storage: &Arc<dyn Storage>, size: u64, options: &ResizeOptions) -> Result<()> {
-    let header = crate::header::Header::read(storage)?;
-    let geometry = header.geometry();
+/// In the cluster at the end of the disk, subclusters that lie past `size` as a whole get
+/// the zero bit where a backing image of `below` bytes would show through.
+fn hide_subclusters(
+    editor: &mut Editor<'_>,
+    l1: &mut [u64],
+    size: u64,
+    below: u64,
+) -> Result<bool> {
+    let geometry = editor.geometry();
     let within = geometry.within(size);
-    if within == 0 {
-        return Ok(());
+    if !editor.shape().is_extended || within == 0 || below <= size {
+        return Ok(false);
     }
-    let backing: Arc<dyn BlockDevice> = match &options.backing {
-        Some(backing) => Arc::clone(backing),
-        None => Arc::new(MemoryDevice::new(Vec::new())),
-    };
-    let open = OpenOptions { backing: Some(Arc::clone(&backing)), ..OpenOptions::default() };
-    let image = Qcow2::open(Arc::clone(storage), open)?;
-    let unit = geometry.unit();
-    let end = geometry.index(size).saturating_add(1).saturating_mul(geometry.units_per_cluster());
-    let mut next = size.checked_div(unit).unwrap_or(0);
-    let mut is_hidden = true;
-    while next < end {
-        let (mapping, count) = image.lock().lookup(storage, next, end.saturating_sub(next))?;
-        let first = next.saturating_mul(unit);
-        let start = first.max(size);
-        next = next.saturating_add(count.max(1));
-        let len = next.saturating_mul(unit).saturating_sub(start);
-        match mapping {
-            Mapping::Zero { .. } => {}
-            Mapping::Unallocated => is_hidden &= backing.size() <= start,
-            Mapping::Data(host) if host.copied => {
-                let at = host.offset.saturating_add(start.saturating_sub(first));
-                let there = len.min(storage.size().saturating_sub(at));
-                storage.write_zeroes(Span::new(at, there), Zeroing::MayUnmap)?;
-            }
-            Mapping::Data(_) | Mapping::Compressed { .. } => is_hidden = false,
-        }
+    let kept = within.div_ceil(geometry.cluster() / 32).min(32);
+    let past = ALL & !1_u64.wrapping_shl(u32::try_from(kept).unwrap_or(32)).wrapping_sub(1);
+    let cluster = geometry.index(size);
+    map(editor, l1, cluster..cluster.saturating_add(1), |_, [entry, bitmap]| {
+        [entry, bitmap | (past & !bitmap).wrapping_shl(32)]
+    })
+}
+
+/// Makes the data file reach to the end of `grown`, with zeroes in it.
+fn lengthen(data: &dyn Storage, grown: Span, options: &ResizeOptions) -> Result<()> {
+    let old = data.size().min(grown.end());
+    if old > grown.start {
+        let stale = Span::new(grown.start, old.saturating_sub(grown.start));
+        data.write_zeroes(stale, Zeroing::MayUnmap)?;
     }
-    if !is_hidden {
-        // A cluster that is copied is zero past the end of the disk.
-        let last = size.saturating_sub(1);
-        let mut byte = [0];
-        image.read_at(&mut byte, last)?;
-        image.write_at(&byte, last)?;
+    if data.size() < grown.end() {
+        data.set_len(grown.end())?;
     }
-    image.close()?;
-    storage.flush()
+    fill(data, grown, options.preallocation)?;
+    data.flush()
 }
 
 /// Takes clusters that have never been used, so that they read as zero.
 fn reserve(editor: &mut Editor<'_>, count: u64, how: Preallocation) -> Result<u64> {
     let start = editor.append(count)?;
     editor.reach()?;
-    let span = Span::new(start, editor.geometry().offset(count));
+    fill(editor.storage, Span::new(start, editor.geometry().offset(count)), how)?;
+    Ok(start)
+}
+
+/// Reserves space for `span`, which reads as zero.
+fn fill(storage: &dyn Storage, span: Span, how: Preallocation) -> Result<()> {
     match how {
-        Preallocation::Off | Preallocation::Metadata => {}
-        Preallocation::Falloc => {
-            editor.storage.write_zeroes(span, Zeroing::KeepAllocated)?;
-        }
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+        Preallocation::Falloc => storage.write_zeroes(span, Zeroing::KeepAllocated),
         Preallocation::Full => {
             let zeroes = vec![0; to_usize(PIECE.min(span.len))?];
             let mut at = span.start;
             while at < span.end() {
                 let len = to_usize(span.end().saturating_sub(at))?.min(zeroes.len());
-                editor.storage.write_at(zeroes.get(..len).unwrap_or_default(), at)?;
+                storage.write_at(zeroes.get(..len).unwrap_or_default(), at)?;
                 at = at.saturating_add(to_u64(len));
             }
+            Ok(())
         }
     }
-    Ok(start)
 }
 
-/// Maps guest clusters past the end of the disk. The table that maps the end is replaced,
-/// since it may be shared. Returns whether `l1` has changed.
+/// Gives guest clusters the entries that `entry` makes of their numbers and old entries.
+/// Tables are replaced, since they may be shared. Returns whether `l1` has changed.
 fn map(
     editor: &mut Editor<'_>,
     l1: &mut [u64],
     clusters: std::ops::Range<u64>,
-    entry: impl Fn(u64) -> [u64; 2],
+    entry: impl Fn(u64, [u64; 2]) -> [u64; 2],
 ) -> Result<bool> {
     let (shape, geometry) = (editor.shape(), editor.geometry());
     let mut next = clusters.start;
@@ -164,7 +173,9 @@ fn map(
         let from = to_usize(next.saturating_sub(first))?.saturating_mul(shape.words());
         let slots = words.get_mut(from..).unwrap_or_default();
         for (number, slot) in (next..stop).zip(slots.chunks_mut(shape.words())) {
-            for (word, value) in slot.iter_mut().zip(entry(number)) {
+            let word = |at: usize| slot.get(at).copied().unwrap_or(0);
+            let new = entry(number, [word(0), word(1)]);
+            for (word, value) in slot.iter_mut().zip(new) {
                 *word = value;
             }
         }

@@ -4,7 +4,7 @@
 use super::{find, list};
 use crate::first_cluster::field;
 use crate::header::Header;
-use crate::image::Qcow2;
+use crate::image::{OpenOptions, Qcow2};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, Span, Zeroing};
 
@@ -28,9 +28,9 @@ impl Qcow2 {
     pub fn open_snapshot(
         file: Arc<dyn BlockDevice>,
         wanted: &str,
-        backing: Option<Arc<dyn BlockDevice>>,
+        options: OpenOptions,
     ) -> Result<Self> {
-        Self::open_read_only(snapshot_view(file, wanted)?, backing)
+        Self::open_read_only(snapshot_view(file, wanted)?, options.backing)
     }
 }
 
