@@ -41,8 +41,8 @@ pub use extent::{Extent, ExtentKind, Extents, Span};
 pub use fields::{BigEndian, LittleEndian};
 pub use gate::{DenyAll, Gate, Request};
 pub use manifest::{
-    Digest, HashedChunk, ManifestHeader, ManifestReader, ManifestSummary, ManifestWriter, Verified,
-    VerifyOptions, verify,
+    Digest, HashedChunk, MANIFEST_CHUNK, ManifestHeader, ManifestReader, ManifestSummary,
+    ManifestWriter, Verified, VerifyOptions, verify,
 };
 pub use measure::{LatencyClass, Measured, OperationStatistics, Statistics};
 pub use memory::MemoryDevice;

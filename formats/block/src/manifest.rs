@@ -27,6 +27,10 @@ use std::fmt;
 pub use text::{ManifestHeader, ManifestReader, ManifestSummary, ManifestWriter};
 pub use verify::{Verified, VerifyOptions, verify};
 
+/// The usual chunk size: small enough to name the place of a damage, and 64 TiB have rows
+/// of less than 7 GiB.
+pub const MANIFEST_CHUNK: u64 = 1 << 20;
+
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// A SHA-256 hash; its text form is 64 lower-case hex digits.

@@ -38,19 +38,28 @@ impl Holes {
         size: u64,
     ) -> std::result::Result<(ExtentKind, u64), Errno> {
         let changes = self.changes.load(Ordering::Acquire);
-        let last = self.last.lock().map_or(None, |last| *last);
-        let last = last.filter(|last| last.changes == changes && last.span.start <= offset);
-        if let Some(last) = last.filter(|last| offset < last.span.end()) {
-            return Ok((last.kind, last.span.end()));
+        // Only a walk onward is answered from memory: who asks for the same place again
+        // may expect something new, from another writer of the file.
+        let mut last = self.last.lock().map_or(None, |mut last| last.take());
+        last = last.filter(|last| last.changes == changes && last.span.start < offset);
+        if let Some(answer) = last.filter(|last| offset < last.span.end()) {
+            let end = answer.span.end();
+            self.keep(Span::new(offset, end.saturating_sub(offset)), answer.kind, changes);
+            return Ok((answer.kind, end));
         }
         let before = last.filter(|last| last.span.end() == offset).map(|last| last.kind);
         let (kind, end, certain) = ask(file, offset, size, before)?;
         let end = end.clamp(offset.saturating_add(1), size);
-        if certain && let Ok(mut last) = self.last.lock() {
-            let span = Span::new(offset, end.saturating_sub(offset));
-            *last = Some(Answer { span, kind, changes });
+        if certain {
+            self.keep(Span::new(offset, end.saturating_sub(offset)), kind, changes);
         }
         Ok((kind, end))
+    }
+
+    fn keep(&self, span: Span, kind: ExtentKind, changes: u64) {
+        if let Ok(mut last) = self.last.lock() {
+            *last = Some(Answer { span, kind, changes });
+        }
     }
 }
 

@@ -134,6 +134,19 @@ fn holes_are_found_from_any_offset_and_in_any_order() {
 }
 
 #[test]
+fn what_another_writer_stores_is_seen() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let writer = RawFile::create(&path, 1 << 20).unwrap();
+    let reader = RawFile::open(&path, Access::ReadOnly).unwrap();
+    assert!(reader.extent_at(0).unwrap().kind.reads_zero());
+    assert!(reader.extent_at(65_536).unwrap().kind.reads_zero());
+    writer.write_at(&[1; 4096], 65_536).unwrap();
+    assert!(!reader.extent_at(65_536).unwrap().kind.reads_zero());
+    assert!(!writer.extent_at(65_536).unwrap().kind.reads_zero());
+}
+
+#[test]
 fn the_kernel_copies_from_file_to_file() {
     let folder = tempfile::tempdir().unwrap();
     let source = RawFile::create(&folder.path().join("a"), 100_000).unwrap();

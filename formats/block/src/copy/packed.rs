@@ -149,7 +149,9 @@ impl Job<'_> {
             let span = piece.span();
             let result =
                 self.pack(&piece, &mut buffer, arena).and_then(|packed| self.commit(packed));
-            if let Err((at, error)) = result.map_err(|error| (span, error)) {
+            if let Err(error) = result {
+                // What was stored last may have been another thread's piece.
+                let at = Span::new(error.offset().unwrap_or(span.start), 0);
                 // Under this lock, so that nobody starts to wait afterwards.
                 let _store = self.store();
                 self.work().fail(at, error);
