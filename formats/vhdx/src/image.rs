@@ -89,6 +89,8 @@ pub struct Vhdx {
     pub(crate) prepared: AtomicBool,
     /// Writing metadata failed: what is on disk is consistent, but not what was promised.
     pub(crate) failed: AtomicBool,
+    /// Length of the file when it was opened: a fixed disk keeps it.
+    pub(crate) original_len: u64,
     creator: String,
     log_state: LogState,
     warnings: Vec<String>,
@@ -281,6 +283,13 @@ impl Opening {
             (None, Some(_)) => {
                 return Err(Error::usage("the image needs no parent, but one was given"));
             }
+            (Some(wanted), None) if options.salvage => {
+                warnings.push(format!(
+                    "{}: what it has reads as zero",
+                    parent_missing(wanted).message()
+                ));
+                None
+            }
             (Some(wanted), None) if needs_parent => return Err(parent_missing(wanted)),
             (Some(wanted), Some(parent)) => {
                 if !wanted.accepts(parent.data_write_guid) {
@@ -326,6 +335,7 @@ impl Opening {
             journal: Mutex::new(Journal::new(start.headers)),
             prepared: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            original_len: self.file_len,
             creator: start.creator,
             log_state: self.log_state,
             warnings,

@@ -76,6 +76,8 @@ impl Journal {
             self.headers.update(storage, |header| header.log_guid = log_guid)?;
             self.in_use = true;
         }
+        let mut sectors: Vec<&Sector> = sectors.iter().collect();
+        sectors.sort_unstable_by_key(|sector| sector.at);
         for run in sectors.chunk_by(|one, next| one.at.saturating_add(SECTOR_BYTES) == next.at) {
             let bytes: Vec<u8> =
                 run.iter().flat_map(|sector| sector.bytes.iter().copied()).collect();
@@ -213,8 +215,9 @@ impl Vhdx {
         self.flush_all()?;
         self.empty_log()?;
         let end = self.lock().space.end();
-        if !self.is_fixed() && storage.size() > end {
-            storage.set_len(end)?;
+        let keep = if self.is_fixed() { self.original_len } else { 0 };
+        if storage.size() > end.max(keep) {
+            storage.set_len(end.max(keep))?;
         }
         Ok(())
     }

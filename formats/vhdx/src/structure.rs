@@ -68,7 +68,8 @@ impl Structure {
         let log = headers.current.log.span();
         let log_and_header = [Span::new(0, MIB), log].into_iter().filter(|span| !span.is_empty());
         check_apart(log_and_header.chain(regions.spans()))?;
-        let metadata = Metadata::read(file, regions.metadata)?;
+        let metadata = Metadata::read(file, regions.metadata)
+            .map_err(|error| error.at(regions.metadata.start))?;
         let geometry =
             Geometry::new(metadata.block_size, metadata.logical_sector, metadata.parent.is_some());
         Ok(Self { regions, metadata, geometry, log })
@@ -114,50 +115,53 @@ impl Rules {
 
     /// Checks entry `index` of `bat`.
     pub(crate) fn check(&self, bat: &Bat, index: u64, entry: Entry) -> Result<()> {
-        let (what, used) = match self.geometry.subject(index) {
+        let subject = self.geometry.subject(index);
+        let used = match subject {
             Subject::Block(block) => {
                 let left = self.size.saturating_sub(self.geometry.offset(block));
-                (format_args!("block {block}").to_string(), left.min(self.geometry.block()))
+                left.min(self.geometry.block())
             }
-            Subject::Bitmap(chunk) => {
-                if !matches!(entry.state(), State::NotPresent | State::Full) {
-                    return Err(Error::corrupt(format!(
-                        "sector bitmap {chunk} has state {}, expected 0 or 6",
-                        entry.0 & 7
-                    )));
-                }
-                (format!("sector bitmap {chunk}"), MIB)
-            }
+            Subject::Bitmap(_) => MIB,
         };
-        if entry.state() == State::Invalid {
-            return Err(Error::corrupt(format!("{what} has the reserved state {}", entry.0 & 7)));
-        }
-        if let (State::Partial, Subject::Block(block)) =
-            (entry.state(), self.geometry.subject(index))
-        {
-            let bitmap = bat.get(self.geometry.bitmap_entry(self.geometry.chunk(block)));
-            if !self.geometry.has_parent || bitmap.state() != State::Full {
-                return Err(Error::corrupt(format!(
-                    "{what} is partially present, but no sector bitmap says where"
-                )));
+        let corrupt = |text: String| {
+            Err(Error::corrupt(match subject {
+                Subject::Block(block) => format!("block {block} {text}"),
+                Subject::Bitmap(chunk) => format!("sector bitmap {chunk} {text}"),
+            }))
+        };
+        match (entry.state(), subject) {
+            (State::Invalid, _) => {
+                return corrupt(format!("has the reserved state {}", entry.0 & 7));
             }
+            (State::NotPresent | State::Full, Subject::Bitmap(_)) => {}
+            (_, Subject::Bitmap(_)) => {
+                return corrupt(format!("has state {}, expected 0 or 6", entry.0 & 7));
+            }
+            (State::Partial, Subject::Block(block)) => {
+                let bitmap = bat.get(self.geometry.bitmap_entry(self.geometry.chunk(block)));
+                if !self.geometry.has_parent || bitmap.state() != State::Full {
+                    return corrupt(
+                        "is partially present, but no sector bitmap says where".to_owned(),
+                    );
+                }
+            }
+            _ => {}
         }
         let Some(place) = self.place(index, entry) else { return Ok(()) };
         let before = self.reserved.partition_point(|span| span.start < place.end());
         let neighbour = before.checked_sub(1).and_then(|last| self.reserved.get(last));
         if neighbour.is_some_and(|span| span.end() > place.start) {
-            return Err(Error::corrupt(format!(
-                "{what} lies at {:#x}, where the image has its own structures",
+            return corrupt(format!(
+                "lies at {:#x}, where the image has its own structures",
                 place.start
-            )));
+            ));
         }
         // The last block of a disk by QEMU may be cut where the disk ends.
         if place.start.saturating_add(used) > self.file_len {
-            return Err(Error::corrupt(format!(
-                "{what} of {used} bytes at {:#x} ends past the file's {} bytes: the image is \
-                 incomplete",
+            return corrupt(format!(
+                "of {used} bytes at {:#x} ends past the file's {} bytes: the image is incomplete",
                 place.start, self.file_len
-            )));
+            ));
         }
         Ok(())
     }

@@ -49,8 +49,10 @@ impl Payload<'_> {
 
     fn copy_to(self, place: &mut [u8]) {
         match self {
-            Self::Bytes(bytes) if bytes.len() == place.len() => place.copy_from_slice(bytes),
-            _ => place.fill(0),
+            Self::Bytes(bytes) => {
+                place.iter_mut().zip(bytes).for_each(|(place, byte)| *place = *byte);
+            }
+            Self::Zeroes(_) => place.fill(0),
         }
     }
 }

@@ -23,24 +23,36 @@ impl Vhdx {
         let storage = self.writable(span.start)?;
         let block = geometry.index(span.start);
         let mut table = self.lock_idle(block);
-        let (mapping, run) = self.run(&mut table, span.start, span.len)?;
-        if mapping == Mapping::Zero || mapping == Mapping::Absent && !geometry.has_parent {
-            return Ok(run);
+        let entry = table.bat.get(geometry.payload_entry(block));
+        if entry.state() == State::Zero {
+            return Ok(table.zero_run(self, span));
+        }
+        if entry.state() == State::NotPresent && !geometry.has_parent {
+            return Ok(self.run(&mut table, span.start, span.len)?.1);
         }
         let in_block = span.len.min(geometry.block().saturating_sub(geometry.within(span.start)));
-        let is_stored = table.bat.get(geometry.payload_entry(block)).is_stored();
-        let may_drop = !is_stored || mode == Zeroing::MayUnmap && !self.is_fixed();
+        let (mapping, run) = self.run(&mut table, span.start, in_block)?;
+        let may_drop = !entry.is_stored() || mode == Zeroing::MayUnmap && !self.is_fixed();
         if may_drop && self.covers_block(span.start, in_block) {
+            // Also what is zero for us already: others may find anything in unmapped blocks.
             table.drop_block(self, block, State::Zero);
             return Ok(in_block);
         }
         drop(table);
-        let len = run.min(in_block);
-        match mapping {
-            Mapping::Data(at) => storage.write_zeroes(Span::new(at, len), self.zeroing(mode))?,
-            _ => self.write_payload(Payload::Zeroes(len), span.start)?,
+        if mapping == Mapping::Zero {
+            return Ok(in_block);
         }
-        Ok(len)
+        if mapping == Mapping::Absent {
+            let below = self.extent(span.start)?;
+            if below.kind.reads_zero() {
+                return Ok(below.len.min(run));
+            }
+        }
+        match mapping {
+            Mapping::Data(at) => storage.write_zeroes(Span::new(at, run), self.zeroing(mode))?,
+            _ => self.write_payload(Payload::Zeroes(run), span.start)?,
+        }
+        Ok(run)
     }
 
     /// Drops the blocks that lie in `span` as a whole.
@@ -71,6 +83,17 @@ impl Vhdx {
 }
 
 impl Table {
+    /// How much of `span` lies in blocks from its start on whose state is zero.
+    fn zero_run(&self, image: &Vhdx, span: Span) -> u64 {
+        let geometry = image.geometry;
+        let mut next = geometry.index(span.start).saturating_add(1);
+        let is_zero = |block| self.bat.get(geometry.payload_entry(block)).state() == State::Zero;
+        while geometry.offset(next) < span.end() && is_zero(next) {
+            next = next.saturating_add(1);
+        }
+        geometry.offset(next).min(span.end()).saturating_sub(span.start)
+    }
+
     /// Gives up the place of a block, if it has one.
     pub(crate) fn drop_block(&mut self, image: &Vhdx, block: u64, state: State) {
         let index = image.geometry.payload_entry(block);

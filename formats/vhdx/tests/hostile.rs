@@ -247,7 +247,13 @@ fn parents_have_to_be_the_right_ones() {
     assert_eq!(error.kind(), ErrorKind::Usage);
     let salvage = OpenOptions { salvage: true, parent: Some(other), ..OpenOptions::default() };
     let device = Arc::new(MemoryDevice::read_only(child()));
-    assert_eq!(Vhdx::open_read_only(device, salvage).unwrap().warnings().len(), 1);
+    assert_eq!(Vhdx::open_read_only(device.clone(), salvage).unwrap().warnings().len(), 1);
+    let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let alone = Vhdx::open_read_only(device, salvage).unwrap();
+    assert!(alone.warnings()[0].ends_with("was not given: what it has reads as zero"));
+    let mut found = vec![0; 10_000];
+    alone.read_at(&mut found, MIB + 5000).unwrap();
+    assert!(found == pattern(10_000, 2));
 }
 
 #[test]

