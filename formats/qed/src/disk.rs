@@ -2,7 +2,8 @@
 //! The open disk.
 
 use crate::header::Header;
-use crate::table::{Cache, PIECE, read};
+use crate::table::{Cache, PIECE, Piece, read};
+use std::collections::HashSet;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Zeroing};
 
@@ -101,9 +102,11 @@ impl Qed {
     /// Walks all tables once, to tell how much of a salvaged image is lost.
     fn with_losses_counted(mut self) -> Result<Self> {
         let mut lost = 0_u64;
+        // A table that many entries share is walked once, however large that makes the disk.
+        let mut seen = HashSet::new();
         for (index, l2) in (0_u64..).zip(&self.l1) {
             let start = index.saturating_mul(self.header.covered_by_l2());
-            if *l2 == 0 {
+            if *l2 == 0 || !seen.insert(*l2) {
                 continue;
             }
             if self.check_l2(*l2, start).is_err() {
@@ -113,14 +116,16 @@ impl Qed {
             let mut at = start;
             let end = start.saturating_add(self.header.covered_by_l2()).min(self.size());
             while at < end {
-                let (entries, covered) = self.entries_at(*l2, at)?;
-                for (number, entry) in (0_u64..).zip(&entries) {
-                    let cluster = u64::from(self.header.cluster_size);
+                let (piece, skip) = self.piece_at(*l2, at)?;
+                let entries = piece.entries.get(skip..).unwrap_or_default();
+                let cluster = u64::from(self.header.cluster_size);
+                let covered = u64::try_from(entries.len()).unwrap_or(0).saturating_mul(cluster);
+                for (number, entry) in (0_u64..).zip(entries) {
                     let offset = at.saturating_add(number.saturating_mul(cluster));
                     let is_bad = offset < end && self.check_data(*entry, offset).is_err();
                     lost = lost.saturating_add(u64::from(is_bad));
                 }
-                at = at.saturating_add(covered);
+                at = at.saturating_add(covered.max(cluster));
             }
         }
         if lost > 0 {
@@ -165,21 +170,17 @@ impl Qed {
         Ok(())
     }
 
-    /// Entries from the one for byte `offset` of the disk on, up to the end of a piece of
-    /// the table at `l2`, and the number of bytes that they cover.
-    fn entries_at(&self, l2: u64, offset: u64) -> Result<(Vec<u64>, u64)> {
-        let cluster = u64::from(self.header.cluster_size).max(1);
-        let shift = cluster.trailing_zeros();
+    /// The piece of the table at `l2` that has the entry for byte `offset` of the disk, and
+    /// the number of that entry in it.
+    fn piece_at(&self, l2: u64, offset: u64) -> Result<(Arc<Piece>, usize)> {
+        let shift = self.header.cluster_size.trailing_zeros();
         let number = offset.checked_shr(shift).unwrap_or(0);
         let index = number & self.header.entries().saturating_sub(1);
         let first = (index / PIECE).saturating_mul(PIECE);
         let len = self.header.entries().saturating_sub(first).min(PIECE);
         let at = l2.saturating_add(first.saturating_mul(8));
         let piece = self.cache.get(&self.file, at, len)?;
-        let skip = usize::try_from(index.saturating_sub(first)).unwrap_or(usize::MAX);
-        let entries = piece.entries.get(skip..).unwrap_or_default().to_vec();
-        let covered = u64::try_from(entries.len()).unwrap_or(0).saturating_mul(cluster);
-        Ok((entries, covered.max(cluster)))
+        Ok((piece, usize::try_from(index.saturating_sub(first)).unwrap_or(usize::MAX)))
     }
 
     /// What the entry of the cluster at byte `offset` of the disk means.
@@ -219,7 +220,8 @@ impl Qed {
             }
             self.check_l2(l2, end)?;
             pieces = pieces.saturating_add(1);
-            for entry in self.entries_at(l2, end)?.0 {
+            let (piece, skip) = self.piece_at(l2, end)?;
+            for entry in piece.entries.iter().skip(skip) {
                 if end >= wanted {
                     break;
                 }
@@ -230,7 +232,7 @@ impl Qed {
                     }
                     same => same,
                 };
-                match self.place(entry, end) {
+                match self.place(*entry, end) {
                     Ok(place) if expected.is_none_or(|expected| expected == place) => {
                         answer.get_or_insert(place);
                     }

@@ -105,8 +105,8 @@ impl Space {
             return Slot { start, is_new: false };
         }
         let start = aligned(self.end, layout);
-        // An unused tail may hold anything.
-        let is_new = self.footer_at.is_none_or(|footer| start >= footer);
+        // An unused tail may hold anything, and so may a file that has lost its footer.
+        let is_new = self.footer_at.is_some_and(|footer| start >= footer);
         Slot { start, is_new }
     }
 

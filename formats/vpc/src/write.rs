@@ -170,7 +170,8 @@ impl Sparse {
         let entry = slot.entry()?;
         let end = slot.start.saturating_add(self.layout.slot());
         if space.footer_at.is_none_or(|footer| end > footer) {
-            self.move_footer(to, space, end)?;
+            // If the footer is lost, the place may be in the middle of the file.
+            self.move_footer(to, space, end.max(space.end))?;
         }
         space.end = space.end.max(end);
         Ok((entry, slot.is_new))
