@@ -40,10 +40,6 @@ pub fn check(
     } else {
         check_file(storage, repair, &mut report)?;
     }
-    report.image_end_offset = report.image_end_offset.max(match file_kind(&read_head(&storage)?) {
-        Some(File::Text) => storage.size(),
-        _ => 0,
-    });
     Ok(report)
 }
 

@@ -18,7 +18,8 @@ const MAX_DESCRIPTOR_FILE: u64 = 2 << 20;
 /// How to open a disk.
 #[derive(Debug, Default)]
 pub struct OpenOptions {
-    /// The disk that a snapshot is based on. Without it a snapshot is refused.
+    /// The disk that a snapshot is based on. Without it a snapshot is refused, unless it is
+    /// salvaged.
     pub parent: Option<Parent>,
     /// Go on where extents, tables and grains are missing or damaged: they read as zeroes,
     /// with warnings and [`Vmdk::losses`]. For reading alone.
@@ -309,6 +310,12 @@ fn check_parent(
     let Some(expected) = descriptor.parent_cid else { return Ok(None) };
     let hint = descriptor.parent_hint.as_deref().unwrap_or("a disk that it does not name");
     let Some(parent) = options.parent else {
+        if options.salvage {
+            warnings.push(format!(
+                "the disk is a snapshot of {hint:?}: what only that has reads as zeroes"
+            ));
+            return Ok(None);
+        }
         return Err(Error::unsupported(format!(
             "the disk is a snapshot of {hint:?} and cannot be read without it: open it together \
              with its parent, or consolidate the snapshots of the VM"

@@ -210,6 +210,19 @@ fn a_delta_alone_is_refused_unless_it_is_salvaged() {
 }
 
 #[test]
+fn a_delta_without_its_parent_is_refused_unless_it_is_salvaged() {
+    for (kind, word, image, unit) in both() {
+        let text = descriptor(kind, word, true);
+        let error = open(text.clone(), image.clone(), OpenOptions::default()).unwrap_err();
+        assert!(error.to_string().contains("snapshot of \"p.vmdk\""), "{error}");
+        let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+        let disk = open(text, image, salvage).unwrap();
+        assert!(disk.warnings()[0].contains("snapshot of \"p.vmdk\""));
+        assert!(folder::contents(&disk).unwrap() == model(&runs(unit), &[]));
+    }
+}
+
+#[test]
 fn a_dirty_journal_is_refused() {
     let mut image = sesparse(&runs(4096), &[]);
     image[VOLATILE + 24] = 1;
