@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Disks made by qemu-img, read back: same bytes, same extents, however they are split.
-#![allow(clippy::cast_possible_truncation, reason = "numbers of handmade disks are small")]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "for tests alone")]
 
 mod folder;
 
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, ExtentKind, Extents, Span, is_zero};
-use tranship_vmdk::{OpenOptions, Parent};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tranship_block::{BlockDevice, DenyAll, Extent, ExtentKind, Extents, Span, Zeroing, is_zero};
+use tranship_raw::{Access, RawFile};
+use tranship_vmdk::{OpenOptions, Parent, Vmdk};
 
 const MIB: usize = 1 << 20;
 
@@ -167,4 +169,71 @@ fn a_snapshot_needs_its_parent_and_shows_it() {
     assert_eq!(disk.extent_at(MIB as u64).unwrap().depth, 0);
     let error = folder::open_with(&child, options(cid.map(|cid| cid ^ 1))).unwrap_err();
     assert!(error.to_string().contains("changed after the snapshot"), "{error}");
+}
+
+/// A file that counts the reads of it.
+#[derive(Debug)]
+struct Counted(RawFile, AtomicUsize);
+
+impl BlockDevice for Counted {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn is_read_only(&self) -> bool {
+        true
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> tranship_block::Result<()> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.read_at(buf, offset)
+    }
+    fn write_zeroes(&self, span: Span, mode: Zeroing) -> tranship_block::Result<()> {
+        self.0.write_zeroes(span, mode)
+    }
+    fn extent_at(&self, offset: u64) -> tranship_block::Result<Extent> {
+        self.0.extent_at(offset)
+    }
+    fn flush(&self) -> tranship_block::Result<()> {
+        Ok(())
+    }
+}
+
+fn counted(path: &Path) -> (Arc<Counted>, Vmdk) {
+    let file = RawFile::open(path, Access::ReadOnly).unwrap();
+    let file = Arc::new(Counted(file, AtomicUsize::new(0)));
+    let disk = Vmdk::open(file.clone(), &DenyAll, OpenOptions::default()).unwrap();
+    (file, disk)
+}
+
+#[test]
+fn an_empty_tebibyte_is_one_extent_after_few_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    if !qemu_img(folder.path(), &["create", "-f", "vmdk", "empty.vmdk", "1T"]) {
+        return;
+    }
+    let (file, disk) = counted(&folder.path().join("empty.vmdk"));
+    let runs: Vec<_> = Extents::new(&disk, Span::new(0, u64::MAX)).map(Result::unwrap).collect();
+    assert_eq!(runs, [(Span::new(0, 1 << 40), ExtentKind::Hole)]);
+    // 64 MiB of tables in pieces of 1 MiB, and the headers.
+    let reads = file.1.load(Ordering::Relaxed);
+    assert!(reads < 80, "{reads} reads");
+}
+
+#[test]
+fn neighbouring_grains_are_read_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("raw"), noise(7, 4 * MIB)).unwrap();
+    for (subformat, most) in [("monolithicSparse", 1), ("streamOptimized", 4)] {
+        let option = format!("subformat={subformat}");
+        let arguments = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option, "raw", "d.vmdk"];
+        if !qemu_img(folder.path(), &arguments) {
+            return;
+        }
+        let (file, disk) = counted(&folder.path().join("d.vmdk"));
+        disk.read_at(&mut [0; 1], 0).unwrap();
+        let before = file.1.load(Ordering::Relaxed);
+        let mut bytes = vec![0; 2 * MIB];
+        disk.read_at(&mut bytes, MIB as u64).unwrap();
+        let reads = file.1.load(Ordering::Relaxed) - before;
+        assert!(reads <= most, "{subformat}: {reads} reads");
+    }
 }
