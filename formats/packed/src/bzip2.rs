@@ -18,7 +18,7 @@ pub(crate) fn stream_decoder(source: Source) -> BzDecoder<Source> {
 pub(crate) fn pieces(file: &Arc<dyn BlockDevice>, builder: &mut Builder) -> Result<()> {
     let end = file.size();
     let mut at = 0;
-    let mut buffer = vec![0; 256 << 10];
+    let mut buffer = vec![0; 64 << 10];
     while at < end {
         let mut head = [0; 3];
         let there = file.read_at(&mut head, at.min(end.saturating_sub(3)));
@@ -33,11 +33,20 @@ pub(crate) fn pieces(file: &Arc<dyn BlockDevice>, builder: &mut Builder) -> Resu
         let mut len = 0_u64;
         let mut zero = true;
         loop {
-            let got =
-                stream.read(&mut buffer).map_err(|error| failure(error, "bzip2 stream").at(at))?;
-            if got == 0 {
-                break;
-            }
+            let got = match stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(got) => got,
+                Err(error) => {
+                    builder.forgive(failure(error, "bzip2 stream").at(at))?;
+                    let packed = Span::new(at, end.saturating_sub(at));
+                    return builder.push(len, |span| Piece {
+                        span,
+                        packed,
+                        zero,
+                        start: Start::Plain,
+                    });
+                }
+            };
             zero = zero && is_zero(buffer.get(..got).unwrap_or_default());
             len = len.saturating_add(u64::try_from(got).unwrap_or(u64::MAX));
             builder.check_size(len)?;

@@ -20,6 +20,7 @@ pub struct Packed {
     pieces: Vec<Piece>,
     size: u64,
     warnings: Vec<String>,
+    salvage: bool,
     cache: Cache,
     /// The only reader of large pieces: number of the piece, and where it is.
     cursor: Mutex<Option<(usize, Decoder)>>,
@@ -51,12 +52,16 @@ impl Packed {
                  its start: reading in ascending order is fast, random access is slow"
             ));
         }
+        if options.salvage {
+            warnings.push("damaged pieces, if there are any, read as zeroes".to_owned());
+        }
         Ok(Self {
             file,
             compression,
             pieces: builder.pieces,
             size: builder.size,
             warnings,
+            salvage: options.salvage,
             cache: Cache::default(),
             cursor: Mutex::new(None),
         })
@@ -117,7 +122,7 @@ impl Packed {
 
     fn decompress(&self, piece: &Piece) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(piece.span.len).unwrap_or(usize::MAX)];
-        piece.decoder(&self.file, self.compression)?.read(&mut bytes)?;
+        piece.decoder(&self.file, self.compression, self.salvage)?.read(&mut bytes)?;
         Ok(bytes)
     }
 
@@ -150,7 +155,7 @@ impl Packed {
             cursor.take().filter(|(at, decoder)| *at == number && decoder.position <= wanted);
         let mut decoder = match here {
             Some((_, decoder)) => decoder,
-            None => piece.decoder(&self.file, self.compression)?,
+            None => piece.decoder(&self.file, self.compression, self.salvage)?,
         };
         loop {
             let at = decoder.position;

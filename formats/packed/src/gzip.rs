@@ -71,6 +71,8 @@ pub(crate) struct Decoder {
     /// Bytes at the end of the file that are no member.
     garbage: u64,
     members: u64,
+    /// What the inflater found behind the bytes that it has made.
+    failure: Option<Error>,
 }
 
 impl fmt::Debug for Decoder {
@@ -93,6 +95,7 @@ impl Decoder {
             check: None,
             garbage: 0,
             members: 0,
+            failure: None,
         }
     }
 
@@ -163,6 +166,9 @@ impl Decoder {
     }
 
     fn inflate(&mut self) -> Result<()> {
+        if let Some(error) = self.failure.take() {
+            return Err(error);
+        }
         if self.end >= RING {
             self.end = 0;
         }
@@ -189,9 +195,21 @@ impl Decoder {
                 Ok(())
             }
             TINFLStatus::Done => self.end_member(),
-            TINFLStatus::FailedCannotMakeProgress => Err(self.source.truncated()),
-            _ => Err(Error::corrupt("compressed data of gzip member is damaged").at(at)),
+            TINFLStatus::FailedCannotMakeProgress => self.fail(written, self.source.truncated()),
+            _ => {
+                let damaged = Error::corrupt("compressed data of gzip member is damaged").at(at);
+                self.fail(written, damaged)
+            }
         }
+    }
+
+    /// Fails now, or after the `written` bytes have been given out.
+    fn fail(&mut self, written: usize, error: Error) -> Result<()> {
+        if written == 0 {
+            return Err(error);
+        }
+        self.failure = Some(error);
+        Ok(())
     }
 
     /// Reads a member's header (RFC 1952, section 2.3), or finds that there is none.
@@ -280,7 +298,13 @@ pub(crate) fn pieces(file: &Arc<dyn BlockDevice>, builder: &mut Builder) -> Resu
         {
             stretches.add(done, decoder.source.position(), point);
         }
-        let len = decoder.step(&mut buffer)?;
+        let len = match decoder.step(&mut buffer) {
+            Ok(len) => len,
+            Err(error) => {
+                builder.forgive(error)?;
+                break;
+            }
+        };
         if len == 0 && decoder.state == State::End {
             break;
         }

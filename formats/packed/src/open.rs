@@ -5,7 +5,7 @@ use crate::piece::{MAX_PIECES, Piece};
 use crate::{bzip2, gzip, xz, zstd};
 use std::fmt;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Result, Span};
+use tranship_block::{BlockDevice, Error, ErrorKind, Result, Span};
 
 /// How to open a packed file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,12 +13,16 @@ pub struct OpenOptions {
     /// Largest disk to accept, in bytes. A few bytes can stand for any number of zeroes,
     /// and with gzip all of them are inflated to learn the size.
     pub max_size: u64,
+    /// Gives what can be had of a damaged or truncated file: zeroes for the rest of a
+    /// piece behind the damage, and the end of the disk where its size is not known
+    /// without the lost bytes. An xz file without its index cannot be salvaged.
+    pub salvage: bool,
 }
 
 impl Default for OpenOptions {
-    /// 64 TiB.
+    /// 64 TiB, and nothing but whole files.
     fn default() -> Self {
-        Self { max_size: 64 << 40 }
+        Self { max_size: 64 << 40, salvage: false }
     }
 }
 
@@ -66,6 +70,7 @@ impl Compression {
     ) -> Result<Builder> {
         let mut builder = Builder {
             max_size: options.max_size,
+            salvage: options.salvage,
             pieces: Vec::new(),
             size: 0,
             warnings: Vec::new(),
@@ -95,6 +100,7 @@ impl fmt::Display for Compression {
 #[derive(Debug)]
 pub(crate) struct Builder {
     max_size: u64,
+    salvage: bool,
     pub(crate) pieces: Vec<Piece>,
     pub(crate) size: u64,
     pub(crate) warnings: Vec<String>,
@@ -109,6 +115,16 @@ impl Builder {
                 self.max_size
             )));
         }
+        Ok(())
+    }
+
+    /// Takes a failure as the end of the disk, if it is damage and what is left is to be
+    /// salvaged.
+    pub(crate) fn forgive(&mut self, error: Error) -> Result<()> {
+        if !self.salvage || error.kind() != ErrorKind::Corrupt {
+            return Err(error);
+        }
+        self.warnings.push(format!("{error}; what lies behind the damage is lost"));
         Ok(())
     }
 

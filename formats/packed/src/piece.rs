@@ -6,10 +6,12 @@ use crate::source::{Source, failure};
 use crate::{Compression, bzip2, xz, zstd};
 use std::io::Read;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Result, Span};
+use tranship_block::{BlockDevice, Error, ErrorKind, Result, Span};
 
 /// Largest piece that is decompressed whole: it is memory, once for every reader.
 pub(crate) const MAX_WHOLE: u64 = 32 << 20;
+/// Bytes that a decompressor is asked for at a time.
+const CALL: usize = 64 << 10;
 /// Most pieces of a file: each takes memory as long as the file is open.
 pub(crate) const MAX_PIECES: usize = 4 << 20;
 
@@ -43,6 +45,7 @@ impl Piece {
         &self,
         file: &Arc<dyn BlockDevice>,
         compression: Compression,
+        salvage: bool,
     ) -> Result<Decoder> {
         let source = Source::new(file, self.packed);
         let stream: Box<dyn Read + Send> = match (&self.start, compression) {
@@ -56,7 +59,14 @@ impl Piece {
                 return Err(Error::usage("piece without the state to begin with"));
             }
         };
-        Ok(Decoder { stream, span: self.span, packed: self.packed.start, position: 0, compression })
+        Ok(Decoder {
+            stream,
+            span: self.span,
+            packed: self.packed.start,
+            position: 0,
+            compression,
+            salvage,
+        })
     }
 }
 
@@ -68,6 +78,8 @@ pub(crate) struct Decoder {
     /// Bytes of the piece that are behind it.
     pub(crate) position: u64,
     compression: Compression,
+    /// Damage makes the rest of the piece zero.
+    salvage: bool,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -77,11 +89,34 @@ impl std::fmt::Debug for Decoder {
 }
 
 impl Decoder {
+    /// Fills `out` with what comes next; behind damage that is salvaged, with zeroes.
+    pub(crate) fn read(&mut self, out: &mut [u8]) -> Result<()> {
+        let start = self.position;
+        match self.read_whole(out) {
+            Err(error) if self.salvage && error.kind() == ErrorKind::Corrupt => {
+                let done = self.position.saturating_sub(start);
+                let done = usize::try_from(done).unwrap_or(usize::MAX);
+                out.get_mut(done..).unwrap_or_default().fill(0);
+                self.position = start.saturating_add(u64::try_from(out.len()).unwrap_or(0));
+                self.stream = Box::new(std::io::repeat(0).take(self.rest()));
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    fn rest(&self) -> u64 {
+        self.span.len.saturating_sub(self.position)
+    }
+
     /// Fills `out` with what comes next. At the end of the piece, it makes sure that the
     /// stream ends there, too, which also verifies its checksum.
-    pub(crate) fn read(&mut self, mut out: &mut [u8]) -> Result<()> {
+    fn read_whole(&mut self, mut out: &mut [u8]) -> Result<()> {
         while !out.is_empty() {
-            let len = self.stream.read(out).map_err(|error| self.damaged(error))?;
+            // What a decompressor has made in a call that fails is lost: not too much.
+            let most = out.len().min(CALL);
+            let part = out.get_mut(..most).unwrap_or_default();
+            let len = self.stream.read(part).map_err(|error| self.damaged(error))?;
             if len == 0 {
                 return Err(Error::corrupt(format!(
                     "{} data gives {} bytes, expected {}",

@@ -115,9 +115,18 @@ fn walk(file: &Arc<dyn BlockDevice>, builder: &mut Builder) -> Result<()> {
             ));
             return Ok(());
         }
-        let stated = skip_frame(&mut source)?;
-        let packed = Span::new(start, source.position().saturating_sub(start));
-        let (len, zero) = match stated {
+        let frame = match frame_header(&mut source) {
+            Ok(frame) => frame,
+            Err(error) => return builder.forgive(error),
+        };
+        let whole = skip_blocks(&mut source, &frame);
+        let next = if whole.is_ok() { source.position() } else { all.end() };
+        let packed = Span::new(start, next.saturating_sub(start));
+        if let Err(error) = whole {
+            builder.forgive(error)?;
+            source.skip(next.saturating_sub(source.position()))?;
+        }
+        let (len, zero) = match frame.size {
             Some(len) => (len, false),
             None => measure(file, packed, builder)?,
         };
@@ -126,9 +135,15 @@ fn walk(file: &Arc<dyn BlockDevice>, builder: &mut Builder) -> Result<()> {
     Ok(())
 }
 
-/// Goes to the end of the frame whose magic has been read; gives its content's size if the
-/// header has it (RFC 8878, section 3.1.1).
-fn skip_frame(source: &mut Source) -> Result<Option<u64>> {
+/// What the header of a frame tells.
+struct Frame {
+    /// Bytes of the content, if they are there.
+    size: Option<u64>,
+    checksum: bool,
+}
+
+/// Reads the header of the frame whose magic has been read (RFC 8878, section 3.1.1.1).
+fn frame_header(source: &mut Source) -> Result<Frame> {
     let [descriptor] = source.array()?;
     let single_segment = descriptor & 0x20 != 0;
     if !single_segment {
@@ -147,6 +162,11 @@ fn skip_frame(source: &mut Source) -> Result<Option<u64>> {
         2 => Some(u64::from(u32::from_le_bytes(source.array()?))),
         _ => Some(u64::from_le_bytes(source.array()?)),
     };
+    Ok(Frame { size, checksum: descriptor & 4 != 0 })
+}
+
+/// Goes to the end of the frame, from block header to block header.
+fn skip_blocks(source: &mut Source, frame: &Frame) -> Result<()> {
     loop {
         let at = source.position();
         let [low, middle, high] = source.array()?;
@@ -161,24 +181,27 @@ fn skip_frame(source: &mut Source) -> Result<Option<u64>> {
             break;
         }
     }
-    if descriptor & 4 != 0 {
-        source.skip(4)?;
-    }
-    Ok(size)
+    source.skip(if frame.checksum { 4 } else { 0 })
 }
 
 /// Size of a frame that does not tell it, and whether all is zero: by decompressing it.
-fn measure(file: &Arc<dyn BlockDevice>, packed: Span, builder: &Builder) -> Result<(u64, bool)> {
+fn measure(
+    file: &Arc<dyn BlockDevice>,
+    packed: Span,
+    builder: &mut Builder,
+) -> Result<(u64, bool)> {
     let mut stream = frame_decoder(Source::new(file, packed))?;
-    let mut buffer = vec![0; 256 << 10];
+    let mut buffer = vec![0; 64 << 10];
     let (mut len, mut zero) = (0_u64, true);
     loop {
-        let got = stream
-            .read(&mut buffer)
-            .map_err(|error| failure(error, "zstd frame").at(packed.start))?;
-        if got == 0 {
-            return Ok((len, zero));
-        }
+        let got = match stream.read(&mut buffer) {
+            Ok(0) => return Ok((len, zero)),
+            Ok(got) => got,
+            Err(error) => {
+                builder.forgive(failure(error, "zstd frame").at(packed.start))?;
+                return Ok((len, zero));
+            }
+        };
         zero = zero && is_zero(buffer.get(..got).unwrap_or_default());
         len = len.saturating_add(u64::try_from(got).unwrap_or(u64::MAX));
         builder.check_size(len)?;

@@ -30,8 +30,9 @@ proptest! {
             let len = packed.len() as u64;
             damaged(packed, vec![Span::new(0, 64), Span::new(len - 100, 100)])
         }),
+        salvage: bool,
     ) {
-        let options = OpenOptions { max_size: 64 << 20 };
+        let options = OpenOptions { max_size: 64 << 20, salvage };
         if let Ok(device) = Packed::open(Arc::new(MemoryDevice::read_only(bytes)), options) {
             prop_assert!(device.size() <= options.max_size);
             exercise(&device);

@@ -8,7 +8,7 @@ use make::{bzip2, gzip, seekable, xz, zstd, zstd_without_size};
 use std::process::Command;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, CopyOptions, ErrorKind, MemoryDevice, copy};
-use tranship_format_testing::{has_tool, pattern, verify};
+use tranship_format_testing::{contents, has_tool, pattern, verify};
 use tranship_packed::{Compression, OpenOptions, Packed};
 
 fn open(bytes: Vec<u8>) -> tranship_block::Result<Packed> {
@@ -127,9 +127,10 @@ fn a_limit_on_the_size_holds_for_all() {
     let disk = vec![0; 1 << 20];
     for packed in [gzip(&disk), xz(&disk), zstd(&disk), zstd_without_size(&disk), bzip2(&disk)] {
         let file = Arc::new(MemoryDevice::read_only(packed));
-        let error = Packed::open(file.clone(), OpenOptions { max_size: 1_000_000 }).unwrap_err();
+        let error = Packed::open(file.clone(), OpenOptions { max_size: 1_000_000, salvage: false })
+            .unwrap_err();
         assert_eq!(error.to_string(), "packed disk is larger than the limit of 1000000 bytes");
-        assert!(Packed::open(file, OpenOptions { max_size: 1 << 20 }).is_ok());
+        assert!(Packed::open(file, OpenOptions { max_size: 1 << 20, salvage: false }).is_ok());
     }
 }
 
@@ -151,6 +152,35 @@ fn truncated_and_altered_files_give_errors_and_no_bytes() {
         let mut buf = vec![0; disk.len()];
         let result = open(altered).and_then(|device| device.read_at(&mut buf, 0));
         assert_eq!(result.unwrap_err().kind(), ErrorKind::Corrupt, "{number}");
+    }
+}
+
+#[test]
+fn what_lies_before_the_damage_can_be_salvaged() {
+    let disk: Vec<u8> = (0..500_000_u32).flat_map(|n| (n / 3 * 7).to_le_bytes()).collect();
+    let options = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let sized = ["zstd", "zstd frames"];
+    for (name, packed) in [
+        ("gzip", gzip(&disk)),
+        ("zstd", zstd(&disk)),
+        ("zstd without size", zstd_without_size(&disk)),
+        ("zstd frames", [zstd(&disk[..700_000]), zstd(&disk[700_000..])].concat()),
+        ("bzip2", bzip2(&disk)),
+    ] {
+        let end = packed.len() * 3 / 4;
+        let mut altered = packed[..packed.len() - 1].to_vec();
+        altered[end..].iter_mut().for_each(|byte| *byte ^= 0xa5);
+        for damaged in [packed[..end].to_vec(), altered] {
+            let file = Arc::new(MemoryDevice::read_only(damaged));
+            let device = Packed::open(file, options).unwrap();
+            assert!(!device.warnings().is_empty(), "{name}");
+            let bytes = contents(&device);
+            let same = bytes.iter().zip(&disk).take_while(|(a, b)| a == b).count();
+            assert!(same > disk.len() / 2, "{name}: {same} of {} bytes", disk.len());
+            assert!(bytes.len() == disk.len() || !sized.contains(&name), "{name}");
+            let mut tail = vec![0; 1000];
+            device.read_at(&mut tail, device.size() - 1000).unwrap();
+        }
     }
 }
 
