@@ -109,6 +109,11 @@ impl BlockDevice for Luks {
         true
     }
 
+    /// As the kernel shows the container: its sectors are the disk's.
+    fn sector_size(&self) -> u32 {
+        if self.header.sector_size == 4096 { 4096 } else { 512 }
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         Span::new(offset, length(buf)).check_within(self.size())?;
         let sector = self.sector();

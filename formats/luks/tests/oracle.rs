@@ -143,6 +143,7 @@ fn keys_of_luks2_by_cryptsetup_are_found() {
         // The digest proves the key; what is inside is noise.
         let luks = Luks::unlock(device(&image), PASSPHRASE.as_bytes(), &Limits::default()).unwrap();
         assert_eq!(luks.size(), 1 << 20);
+        assert_eq!(luks.sector_size(), luks.header().sector_size);
         assert_eq!(luks.warnings(), [""; 0]);
         assert!(Luks::unlock(device(&image), b"wrong", &Limits::default()).is_err());
     }

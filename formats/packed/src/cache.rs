@@ -35,6 +35,22 @@ pub(crate) enum Turn {
     Theirs,
 }
 
+/// A reader's turn, which ends with this: others wait until then, so it has to end even if
+/// decompressing fails or panics.
+#[derive(Debug)]
+pub(crate) struct Taken<'a> {
+    cache: &'a Cache,
+    key: Key,
+    /// What came of it.
+    pub(crate) bytes: Option<Arc<Vec<u8>>>,
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.cache.put(self.key, self.bytes.take());
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Cache {
     state: Mutex<State>,
@@ -64,6 +80,11 @@ impl Cache {
         Turn::Mine
     }
 
+    /// The turn that [`Self::turn`] has just given to this reader.
+    pub(crate) fn taken(&self, key: Key) -> Taken<'_> {
+        Taken { cache: self, key, bytes: None }
+    }
+
     /// Waits until nobody is decompressing `key` any more.
     pub(crate) fn wait(&self, key: Key) {
         let mut state = self.state();
@@ -72,7 +93,7 @@ impl Cache {
         }
     }
 
-    /// Ends a turn: the bytes, or nothing if they could not be had.
+    /// Keeps bytes, or notes that they could not be had.
     pub(crate) fn put(&self, key: Key, bytes: Option<Arc<Vec<u8>>>) {
         let mut state = self.state();
         if let Some(Entry::Ready(old, _)) = state.entries.remove(&key) {

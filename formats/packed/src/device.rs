@@ -115,9 +115,10 @@ impl Packed {
 
     /// Decompresses a piece that is this reader's turn.
     fn load(&self, key: Key, piece: &Piece) -> Result<Arc<Vec<u8>>> {
-        let result = self.decompress(piece).map(Arc::new);
-        self.cache.put(key, result.as_ref().ok().cloned());
-        result
+        let mut turn = self.cache.taken(key);
+        let bytes = Arc::new(self.decompress(piece)?);
+        turn.bytes = Some(Arc::clone(&bytes));
+        Ok(bytes)
     }
 
     fn decompress(&self, piece: &Piece) -> Result<Vec<u8>> {
