@@ -16,9 +16,9 @@ use std::io::IoSlice;
 use std::sync::{MutexGuard, PoisonError};
 use tranship_block::{Error, Result, Span, Storage};
 
-/// Growth of the file, so that its length changes rarely.
+/// Most growth of the file at once, so that its length changes rarely.
 const STEP: u64 = 16 << 20;
-/// Growth of a file that is written from front to back.
+/// The same for a file that is written from front to back.
 const BULK_STEP: u64 = 256 << 20;
 /// A bitmap that says that all subclusters are allocated.
 pub(crate) const ALL_ALLOCATED: u64 = 0xffff_ffff;
@@ -66,8 +66,9 @@ pub(crate) fn reach(metadata: &Metadata, storage: &dyn Storage) -> Result<()> {
     if end <= storage.size() {
         return Ok(());
     }
-    let step = if metadata.bulk.is_some() { BULK_STEP } else { STEP };
-    let generous = end.checked_next_multiple_of(step).unwrap_or(end);
+    let most = if metadata.bulk.is_some() { BULK_STEP } else { STEP };
+    let more = metadata.geometry.clusters_for((end / 4).min(most));
+    let generous = end.saturating_add(metadata.geometry.offset(more));
     // A block device has the length that it has; exactly enough may still fit.
     storage.set_len(generous).or_else(|_| storage.set_len(end))
 }
