@@ -34,7 +34,7 @@ pub(crate) fn run(args: &AmendArgs, console: Console) -> Result<u8, Failure> {
     }
     let mut options = Options::new(amendable(format)?);
     options.add(&list).map_err(|failure| for_creation(failure, &list, format))?;
-    let progress = Progress::start(args.progress);
+    let progress = Progress::start(args.progress && !args.quiet);
     let outcome = amend(&source, &options, args, console);
     if outcome.is_ok() {
         progress.finish()

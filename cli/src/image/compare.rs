@@ -20,7 +20,7 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
     };
     let cannot = |failure: Failure| failure.exiting_with(CANNOT_OPEN);
     source::cache(args.cache.as_deref(), "source ").map_err(cannot)?;
-    let progress = Progress::start(args.progress);
+    let progress = Progress::start(args.progress && !args.quiet);
     let open = |name, format: &Option<String>| {
         let opening = Opening {
             force_share: args.reading.force_share,
@@ -43,7 +43,14 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         return Ok(1);
     }
     let search = |start, end| search::first_difference(sides, start..end, &progress);
-    let mut found = search(0, common)?;
+    // Strictly, what is stored counts as well; whichever comes first is told.
+    let status = if args.strict { search::first_status_difference(sides, common)? } else { None };
+    let mut found = search(0, status.unwrap_or(common))?;
+    if let (None, Some(offset)) = (found, status) {
+        say(&format!("Strict mode: Offset {offset} block status mismatch!\n"))?;
+        progress.end();
+        return Ok(1);
+    }
     if found.is_none() && common != end {
         say("Warning: Image size mismatch!\n")?;
         found = search(common, end)?;

@@ -12,6 +12,7 @@ use crate::args::image::MeasureArgs;
 use crate::failure::Failure;
 use crate::stdout;
 use std::fmt::Write;
+use tranship_block::BlockDevice;
 use tranship_formats::Format;
 
 /// Bytes that an image will take.
@@ -67,14 +68,16 @@ pub(crate) fn run(args: &MeasureArgs, console: Console) -> Result<u8, Failure> {
         return Err(Failure::usage(format!("Invalid options for file format '{target}'")));
     }
     let format = source::format_named(target)?;
+    let device =
+        source.as_ref().map(|source| source.device(args.snapshot.as_deref())).transpose()?;
+    let device = device.as_deref();
     let measured = match format {
         Format::Raw => {
-            let size =
-                source.as_ref().map_or(size.unwrap_or(0), |source| source.opened.device.size());
+            let size = device.map_or(size.unwrap_or(0), BlockDevice::size);
             let size = size.next_multiple_of(512);
             Measured { required: size, fully_allocated: size, bitmaps: None }
         }
-        Format::Qcow2 => qcow2::measure(source.as_ref(), size.unwrap_or(0), &options)?,
+        Format::Qcow2 => qcow2::measure(source.as_ref(), device, size.unwrap_or(0), &options)?,
         _ => {
             return Err(Failure::usage(format!(
                 "Block driver '{target}' does not support size measurement"

@@ -174,7 +174,13 @@ fn change(layer: &Layer, operation: &Operation<'_>) -> Result<(), Failure> {
             tranship_qcow2::create_snapshot(storage, name, SystemTime::now())?;
         }
         Operation::Apply(wanted) => tranship_qcow2::apply_snapshot(storage, wanted)?,
-        Operation::Delete(wanted) => tranship_qcow2::delete_snapshot(storage, wanted)?,
+        Operation::Delete(wanted) => {
+            // By name alone: a name may look like the identifier of another one.
+            let snapshots = tranship_qcow2::snapshots(&layer.file)?;
+            let found = snapshots.iter().find(|snapshot| snapshot.name == *wanted);
+            let found = found.ok_or_else(|| Failure::usage("snapshot not found"))?;
+            tranship_qcow2::delete_snapshot(storage, &found.id)?;
+        }
     }
     Ok(())
 }

@@ -2,12 +2,16 @@
 //! Opens the images that the command line names.
 
 use super::console::Console;
+use super::options;
 use super::secrets;
 use crate::args::image::Naming;
 use crate::failure::Failure;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tranship_block::BlockDevice;
 use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust};
+use tranship_qcow2::{Qcow2, Snapshot};
 
 /// How an image is opened.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +41,52 @@ pub(crate) struct Source {
     pub(crate) spec: Spec,
     /// The disk and its layers.
     pub(crate) opened: Opened,
+}
+
+impl Source {
+    /// The disk, or what one of its snapshots has kept of it.
+    ///
+    /// A snapshot is named by itself, by `snapshot.id=ID` or by `snapshot.name=NAME`.
+    ///
+    /// # Errors
+    ///
+    /// Formats without snapshots, and names that no snapshot has.
+    pub(crate) fn device(&self, snapshot: Option<&str>) -> Result<Arc<dyn BlockDevice>, Failure> {
+        let Some(wanted) = snapshot else { return Ok(Arc::clone(&self.opened.device)) };
+        let missing = |why: &str| Failure::usage(format!("Failed to load snapshot: {why}"));
+        let mut layers = self.opened.layers.iter();
+        let first = layers.next().filter(|layer| layer.format == Format::Qcow2);
+        let first = first.ok_or_else(|| missing("the format has none"))?;
+        let (mut id, mut name) = (None, None);
+        for (key, value) in options::split(wanted) {
+            match (key.as_str(), value) {
+                ("snapshot.id", Some(value)) => id = Some(value),
+                ("snapshot.name", Some(value)) => name = Some(value),
+                _ => {
+                    return self.snapshot(first, |known| known.id == wanted || known.name == wanted);
+                }
+            }
+        }
+        self.snapshot(first, |known| {
+            id.as_ref().is_none_or(|id| *id == known.id)
+                && name.as_ref().is_none_or(|name| *name == known.name)
+        })
+    }
+
+    fn snapshot(
+        &self,
+        layer: &Layer,
+        is_wanted: impl Fn(&Snapshot) -> bool,
+    ) -> Result<Arc<dyn BlockDevice>, Failure> {
+        let snapshots = tranship_qcow2::snapshots(&layer.file)?;
+        let found = snapshots.iter().find(|snapshot| is_wanted(snapshot)).ok_or_else(|| {
+            Failure::usage("Failed to load snapshot: Can't find snapshot")
+                .hint("`snapshot -l` lists those of an image")
+        })?;
+        let below = self.opened.layers.get(1).map(|layer| layer.disk.device());
+        let disk = Qcow2::open_snapshot(Arc::clone(&layer.file), &found.id, below)?;
+        Ok(Arc::new(disk))
+    }
 }
 
 impl<'a> Opening<'a> {

@@ -15,6 +15,9 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use tempfile::TempDir;
 
 /// The version whose texts these are.
@@ -162,9 +165,17 @@ fn without_dates(text: &str) -> String {
     found
 }
 
+/// An empty folder, in memory if possible: the programs wait for the disk most of the time.
+fn empty() -> TempDir {
+    match tempfile::tempdir_in("/dev/shm") {
+        Ok(folder) => folder,
+        Err(_) => tempfile::tempdir().unwrap(),
+    }
+}
+
 /// A folder with the images.
 fn images() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = empty();
     let made = Command::new("sh")
         .args(["-euc", IMAGES])
         .current_dir(folder.path())
@@ -179,7 +190,7 @@ fn images() -> TempDir {
 
 /// A copy of a folder, holes and times included.
 fn copy_of(folder: &Path) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
+    let copy = empty();
     let from = format!("{}/.", folder.display());
     support::host("cp", &["-a", "--sparse=always", &from, copy.path().to_str().unwrap()]);
     copy
@@ -223,17 +234,20 @@ fn looking_gives_what_qemu_img_gives_and_changes_nothing() {
 fn changing_gives_what_qemu_img_gives() {
     let Some(programs) = Programs::find() else { return };
     let images = images();
-    let mut wrong = Vec::new();
-    for row in change::ROWS {
-        let [ours, theirs] = [copy_of(images.path()), copy_of(images.path())];
-        let folders = [ours.path(), theirs.path()];
-        let failed = row.cases.iter().find_map(|case| programs.compare(case, folders));
-        let failed = failed.or_else(|| {
-            let image = row.result?;
-            change::differing(&programs, image, folders)
-        });
-        wrong.extend(failed);
-    }
+    let next = AtomicUsize::new(0);
+    let wrong = Mutex::new(Vec::new());
+    // Most of the time goes into starting programs and copying files.
+    let work = || {
+        while let Some(row) = change::ROWS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let [ours, theirs] = [copy_of(images.path()), copy_of(images.path())];
+            let folders = [ours.path(), theirs.path()];
+            let failed = row.cases.iter().find_map(|case| programs.compare(case, folders));
+            let failed = failed.or_else(|| change::differing(&programs, row.result?, folders));
+            wrong.lock().unwrap().extend(failed);
+        }
+    };
+    thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(work))));
+    let wrong = wrong.into_inner().unwrap();
     assert_none(&wrong, change::ROWS.len());
 }
 

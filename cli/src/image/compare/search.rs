@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use tranship_block::{BlockDevice, is_zero};
+use tranship_block::{BlockDevice, ExtentKind, is_zero};
 
 /// Bytes that are compared at once.
 const PIECE: usize = 1 << 20;
@@ -32,8 +32,14 @@ pub(super) struct Side<'a> {
 
 /// What one disk says about a place.
 struct Known {
-    is_zero: bool,
+    kind: ExtentKind,
     len: u64,
+}
+
+impl Known {
+    fn is_zero(&self) -> bool {
+        self.kind.reads_zero()
+    }
 }
 
 impl Side<'_> {
@@ -45,14 +51,14 @@ impl Side<'_> {
     /// A disk is zero behind its end.
     fn known_at(&self, at: u64) -> Result<Known, Failure> {
         if at >= self.device.size() {
-            return Ok(Known { is_zero: true, len: u64::MAX });
+            return Ok(Known { kind: ExtentKind::Hole, len: u64::MAX });
         }
         let extent = self.device.extent_at(at).map_err(|error| {
             Failure::from(error)
                 .within(format!("Sector allocation test failed for '{}'", self.name))
                 .exiting_with(CANNOT_TELL)
         })?;
-        Ok(Known { is_zero: extent.kind.reads_zero(), len: extent.len.max(1) })
+        Ok(Known { kind: extent.kind, len: extent.len.max(1) })
     }
 
     fn read(&self, buf: &mut [u8], at: u64) -> Result<(), Failure> {
@@ -94,6 +100,24 @@ struct Search<'a> {
     /// The offset of what has been found: nothing behind it matters any more.
     limit: AtomicU64,
     progress: &'a Progress,
+}
+
+/// The first byte below `end` of which the disks know different things: data, zeroes, or
+/// nothing at all.
+pub(super) fn first_status_difference(
+    sides: [Side<'_>; 2],
+    end: u64,
+) -> Result<Option<u64>, Failure> {
+    let mut at = 0;
+    while at < end {
+        let [first, second] = sides.map(|side| side.known_at(at));
+        let [first, second] = [first?, second?];
+        if first.kind != second.kind {
+            return Ok(Some(at));
+        }
+        at = at.saturating_add(first.len.min(second.len));
+    }
+    Ok(None)
 }
 
 /// The first sector in `range` that differs; the shorter disk counts as followed by zeroes.
@@ -157,13 +181,13 @@ impl Search<'_> {
             let known = [first.map_err(fail)?, second.map_err(fail)?];
             let left = self.end - start;
             let len = known[0].len.min(known[1].len).min(left);
-            if known[0].is_zero && known[1].is_zero {
+            if known[0].is_zero() && known[1].is_zero() {
                 *next = start + len;
                 continue;
             }
             let len = usize::try_from(len).unwrap_or(PIECE).min(PIECE);
             *next = start + len as u64;
-            return Ok(Some(Piece { start, len, is_read: known.map(|known| !known.is_zero) }));
+            return Ok(Some(Piece { start, len, is_read: known.map(|known| !known.is_zero()) }));
         }
     }
 

@@ -13,7 +13,8 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Slice, Span};
 use tranship_formats::{Disk, Format, Layer};
 use tranship_qcow2::{Bitmap, Compression, Encryption, Header};
-use tranship_vmdk::{ExtentType, Vmdk};
+use tranship_vmdk::{ExtentType, NO_PARENT, Vmdk};
+use tranship_vpc::ParentRequest;
 
 /// The smallest step of a disk's size.
 const SECTOR: u64 = 512;
@@ -81,9 +82,18 @@ impl Facts {
         match &layer.disk {
             _ if layer.format == Format::Qcow2 => facts.add_qcow2(layer)?,
             _ if layer.format == Format::Luks => facts.add_luks(layer)?,
-            Disk::Vmdk(disk) => facts.add_vmdk(disk, layer),
-            Disk::Vhdx(disk) => facts.cluster_size = Some(disk.block_size().into()),
-            Disk::Vpc(disk) => facts.cluster_size = disk.block_size().map(u64::from),
+            Disk::Vmdk(disk) => facts.add_vmdk(disk, layer)?,
+            Disk::Vhdx(disk) => {
+                facts.cluster_size = Some(disk.block_size().into());
+                let parent = disk.parent_locator().and_then(|locator| locator.names.first());
+                facts.backing = parent.map(|name| BackingFacts::new(layer, name.path()));
+            }
+            Disk::Vpc(disk) => {
+                facts.cluster_size = disk.block_size().map(u64::from);
+                let parent = ParentRequest::read(&layer.file)?;
+                let name = parent.and_then(|parent| parent.names.into_iter().next());
+                facts.backing = name.map(|name| BackingFacts::new(layer, name.name));
+            }
             _ => {}
         }
         let sizes = facts.children.iter().map(|child| child.actual_size);
@@ -154,7 +164,12 @@ impl Facts {
         Ok(())
     }
 
-    fn add_vmdk(&mut self, disk: &Vmdk, layer: &Layer) {
+    fn add_vmdk(&mut self, disk: &Vmdk, layer: &Layer) -> Result<(), Failure> {
+        let descriptor = tranship_vmdk::read_descriptor(&layer.file)?;
+        self.backing = descriptor
+            .filter(|descriptor| descriptor.parent_cid.is_some_and(|cid| cid != NO_PARENT))
+            .and_then(|descriptor| descriptor.parent_hint)
+            .map(|hint| BackingFacts::new(layer, hint));
         let extents = disk.extents();
         self.cluster_size = extents.iter().find_map(|extent| extent.grain);
         let listed = extents.iter().map(|extent| {
@@ -185,6 +200,15 @@ impl Facts {
                 self.children.insert(0, Child::file(&format!("extents.{at}"), &path, length));
             }
         }
+        Ok(())
+    }
+}
+
+impl BackingFacts {
+    /// A parent of the same format.
+    fn new(layer: &Layer, name: String) -> Self {
+        let full_name = beside(&shown(layer), &name).display().to_string();
+        Self { name, full_name, format: Some(layer.format.name().to_owned()) }
     }
 }
 

@@ -6,12 +6,14 @@ use crate::failure::Failure;
 use crate::image::create::{qcow2_preallocation, qcow2_shape};
 use crate::image::options::Options;
 use crate::image::source::Source;
+use tranship_block::BlockDevice;
 use tranship_formats::{Format, Layer};
 use tranship_qcow2::{Header, MeasureOptions, Preallocation};
 
-/// What an image of `source`, or of an empty disk of `size` bytes, takes.
+/// What an image of `device`, which is in `source`, or of an empty disk of `size` bytes, takes.
 pub(super) fn measure(
     source: Option<&Source>,
+    device: Option<&dyn BlockDevice>,
     size: u64,
     options: &Options,
 ) -> Result<Measured, Failure> {
@@ -25,8 +27,7 @@ pub(super) fn measure(
         // What is above a backing file may become as large as the disk.
         is_preallocated: reserves || options.text("backing_file").is_some(),
     };
-    let device = source.map(|source| &*source.opened.device);
-    let size = device.map_or(size, |device| device.size()).next_multiple_of(512);
+    let size = device.map_or(size, BlockDevice::size).next_multiple_of(512);
     let measured = tranship_qcow2::measure(size, device, &measure).map_err(|error| {
         Failure::usage("The image size is too large (try using a larger cluster size)")
             .because(&error)
