@@ -26,8 +26,9 @@ pub(crate) fn run(args: &AmendArgs, console: Console) -> Result<u8, Failure> {
         [name] => name,
         _ => return Err(Failure::usage("Expecting one image file name")),
     };
-    source::cache(args.cache.as_deref(), "")?;
-    let source = Opening::writing(&args.naming, format).open_file(name, console)?;
+    let direct = source::cache(args.cache.as_deref(), "")?;
+    let opening = Opening { direct, ..Opening::writing(&args.naming, format) };
+    let source = opening.open_file(name, console)?;
     let format = source.opened.format;
     if asks {
         return help(format);

@@ -30,10 +30,11 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
         }
     };
     let name = source::one(&args.names, "check", console)?;
-    source::cache(args.cache.as_deref(), "source ")?;
+    let direct = source::cache(args.cache.as_deref(), "source ")?;
     let opening = Opening {
         writable: repair != Repair::Nothing,
         force_share: args.force_share,
+        direct,
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
     let source = opening.open_file(name, console)?;

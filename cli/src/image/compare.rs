@@ -19,12 +19,13 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         return Err(source::usage(console, "compare", "Expecting two image file names"));
     };
     let cannot = |failure: Failure| failure.exiting_with(CANNOT_OPEN);
-    source::cache(args.cache.as_deref(), "source ").map_err(cannot)?;
+    let direct = source::cache(args.cache.as_deref(), "source ").map_err(cannot)?;
     let progress = Progress::start(args.progress && !args.quiet);
     let open = |name, format: &Option<String>| {
         let opening = Opening {
             force_share: args.reading.force_share,
             salvage: args.reading.salvage,
+            direct,
             ..Opening::reading(&args.naming, format.as_deref())
         };
         opening.open(name, console).map_err(cannot)

@@ -63,7 +63,8 @@ impl Source {
                 ("snapshot.id", Some(value)) => id = Some(value),
                 ("snapshot.name", Some(value)) => name = Some(value),
                 _ => {
-                    return self.snapshot(first, |known| known.id == wanted || known.name == wanted);
+                    return self
+                        .snapshot(first, |known| known.id == wanted || known.name == wanted);
                 }
             }
         }
@@ -282,12 +283,12 @@ pub(crate) fn output(
     }
 }
 
-/// Checks the name of a way to cache.
-pub(crate) fn cache(value: Option<&str>, what: &str) -> Result<(), Failure> {
+/// Whether a way to cache goes past the page cache; all others are the same here, since
+/// nothing is reported as done before it is on the disk.
+pub(crate) fn cache(value: Option<&str>, what: &str) -> Result<bool, Failure> {
     match value {
-        None | Some("none" | "off" | "writeback" | "unsafe" | "directsync" | "writethrough") => {
-            Ok(())
-        }
+        None | Some("writeback" | "unsafe" | "writethrough") => Ok(false),
+        Some("none" | "off" | "directsync") => Ok(true),
         Some(other) => Err(Failure::usage(format!("Invalid {what}cache option: {other}"))),
     }
 }
