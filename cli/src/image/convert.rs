@@ -84,24 +84,12 @@ fn open_sources(
 
 /// The sources as one disk.
 fn joined(sources: &[Source], args: &ConvertArgs) -> Result<Arc<dyn BlockDevice>, Failure> {
-    if let Some(wanted) = &args.source_snapshot {
-        let [source] = sources else {
-            return Err(Failure::usage("No support for concatenating multiple snapshot"));
-        };
-        let missing = || Failure::usage("Failed to load snapshot: Can't find snapshot");
-        let layer = source.opened.layers.first().ok_or_else(missing)?;
-        if source.opened.qcow2().is_none() {
-            return Err(missing());
-        }
-        let name = ["snapshot.id=", "snapshot.name="]
-            .iter()
-            .find_map(|start| wanted.strip_prefix(start))
-            .unwrap_or(wanted);
-        return tranship_qcow2::snapshot_view(Arc::clone(&layer.file), name)
-            .map_err(|error| Failure::from(error).within("Failed to load snapshot"));
-    }
+    let snapshot = args.source_snapshot.as_deref();
     match sources {
-        [source] => Ok(Arc::clone(&source.opened.device)),
+        [source] => source.device(snapshot),
+        _ if snapshot.is_some() => {
+            Err(Failure::usage("No support for concatenating multiple snapshot"))
+        }
         several => {
             let devices = several.iter().map(|source| Arc::clone(&source.opened.device));
             Ok(Arc::new(Concat::new(devices)?))

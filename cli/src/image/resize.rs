@@ -123,6 +123,7 @@ pub(crate) fn resize(
                 _ => Preallocation::Off,
             },
             backing: backing(layer, naming, console)?,
+            data_file: None,
         };
         return Ok(tranship_qcow2::resize(storage, change.new, &options)?);
     }

@@ -84,8 +84,11 @@ impl Source {
             Failure::usage("Failed to load snapshot: Can't find snapshot")
                 .hint("`snapshot -l` lists those of an image")
         })?;
-        let below = self.opened.layers.get(1).map(|layer| layer.disk.device());
-        let disk = Qcow2::open_snapshot(Arc::clone(&layer.file), &found.id, below)?;
+        let options = tranship_qcow2::OpenOptions {
+            backing: self.opened.layers.get(1).map(|layer| layer.disk.device()),
+            ..Default::default()
+        };
+        let disk = Qcow2::open_snapshot(Arc::clone(&layer.file), &found.id, options)?;
         Ok(Arc::new(disk))
     }
 }

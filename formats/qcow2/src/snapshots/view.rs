@@ -30,7 +30,7 @@ impl Qcow2 {
         wanted: &str,
         options: OpenOptions,
     ) -> Result<Self> {
-        Self::open_read_only(snapshot_view(file, wanted)?, options.backing)
+        Self::open_read_only_with(snapshot_view(file, wanted)?, options)
     }
 }
 
