@@ -55,7 +55,9 @@ fn run(options: &CreateOptions, base: Option<Vec<u8>>, seed: u64) {
     };
     for step in 0..13 {
         let whole = next(2) == 0;
-        let at = if whole { next(size) / MIB * MIB } else { next(size) };
+        // Each flush finds a block that is new.
+        let block = (step / 4 * MIB).min(size - 1) / MIB * MIB;
+        let at = if whole { block } else { block + next(MIB.min(size - block)) };
         let len = if whole { MIB } else { next(MIB / 4) + 1 }.min(size - at);
         let op = match step % 7 {
             2 => Op::Discard(at / MIB * MIB, MIB),
@@ -176,7 +178,15 @@ fn metadata_survives_when_sectors_of_a_write_are_lost() {
     let image = open(&storage, None);
     let mut model = vec![0; 2 << 20];
     let mut states = vec![model.clone()];
-    for op in [Op::Write(0, 20_000, 1), Op::Flush, Op::Write(MIB, 900, 2), Op::Discard(0, MIB)] {
+    // What is written after the discard must not lie where the discarded block was.
+    let ops = [
+        Op::Write(0, 20_000, 1),
+        Op::Flush,
+        Op::Discard(0, MIB),
+        Op::Write(MIB, 20_000, 2),
+        Op::Flush,
+    ];
+    for op in ops {
         apply(&image, &mut model, &op);
         states.push(model.clone());
         if matches!(op, Op::Flush) {
