@@ -352,30 +352,40 @@ fn check_bat(
     warnings: &mut Vec<String>,
 ) -> Result<()> {
     let end = rules.geometry.entries(rules.size);
-    let mut lost = Vec::new();
-    for (index, entry) in bat.entries(end) {
-        if let Err(error) = rules.check(bat, index, entry) {
-            let at = bat.region.start.saturating_add(index.saturating_mul(8));
-            if !salvage {
-                return Err(error.at(at));
+    loop {
+        let mut lost = Vec::new();
+        for (index, entry) in bat.entries(end) {
+            if let Err(error) = rules.check(bat, index, entry) {
+                let at = bat.region.start.saturating_add(index.saturating_mul(8));
+                if !salvage {
+                    return Err(error.at(at));
+                }
+                lost.push((index, entry, error.at(at)));
             }
-            lost.push((index, entry, error));
+        }
+        let mut has_changed = false;
+        for (index, entry, error) in lost {
+            // A block that is cut keeps what is left of it.
+            let is_cut = entry.state() == State::Full && entry.offset() < rules.file_len;
+            let is_block = matches!(rules.geometry.subject(index), Subject::Block(_));
+            let reads_as = if is_block && is_cut && error.message().ends_with("incomplete") {
+                "what is missing reads as zero"
+            } else {
+                let state = if is_block { State::Undefined } else { State::NotPresent };
+                bat.set(index, Entry::new(state, 0));
+                has_changed = true;
+                "it reads as zero"
+            };
+            let warning = format!("{error}: {reads_as}");
+            if warnings.len() < MOST_WARNINGS && !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+        // Without its sector bitmap, a block that was fine is not.
+        if !has_changed {
+            return Ok(());
         }
     }
-    for (index, entry, error) in lost {
-        // A block that is cut keeps what is left of it.
-        let is_cut = entry.state() == State::Full && entry.offset() < rules.file_len;
-        let reads_as = if is_cut && error.message().ends_with("incomplete") {
-            "what is missing reads as zero"
-        } else {
-            bat.set(index, Entry::new(State::Undefined, 0));
-            "it reads as zero"
-        };
-        if warnings.len() < MOST_WARNINGS {
-            warnings.push(format!("{error}: {reads_as}"));
-        }
-    }
-    Ok(())
 }
 
 /// Warnings that are kept.

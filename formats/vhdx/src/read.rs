@@ -8,6 +8,10 @@ use crate::image::{Table, Vhdx};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span};
 
+/// Blocks that are looked at for one answer, so that asking about every part of a large
+/// disk takes time that grows with its size and not faster. Empty pages are not counted.
+const LONGEST_LOOK: u32 = 1 << 16;
+
 /// Where some of the guest's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mapping {
@@ -37,7 +41,8 @@ impl Vhdx {
         }
         let end = geometry.blocks(offset.saturating_add(len));
         let mut next = first.saturating_add(1);
-        while next < end {
+        let mut looked_at = 0_u32;
+        while next < end && looked_at < LONGEST_LOOK {
             let index = geometry.payload_entry(next);
             if kind(entry.state()) == Mapping::Absent {
                 // Whole pages of absent blocks at once.
@@ -48,6 +53,7 @@ impl Vhdx {
                 }
             }
             let other = table.bat.get(index);
+            looked_at = looked_at.saturating_add(1);
             let follows = geometry.offset(next.saturating_sub(first));
             let continues = match (entry.state(), other.state()) {
                 (State::Full, State::Full) => {

@@ -7,7 +7,7 @@ mod support;
 use proptest::prelude::*;
 use std::sync::Arc;
 use support::{MIB, assert_clean, child_options, in_memory, open, options, parent};
-use tranship_block::{BlockDevice, ExtentKind, Span, Storage, Zeroing};
+use tranship_block::{BlockDevice, ExtentKind, Extents, Span, Storage, Zeroing};
 use tranship_format_testing::{Op, apply, contents, operations, pattern, verify};
 use tranship_vhdx::{CreateOptions, Subformat};
 
@@ -204,10 +204,15 @@ fn huge_empty_disks_are_cheap() {
         let options = CreateOptions { block_state_zero, ..CreateOptions::new(64 << 40) };
         let storage: Arc<dyn Storage> = in_memory(&options);
         let image = open(&storage, None);
-        assert_eq!(image.extent_at(0).unwrap().len, 64 << 40);
+        let whole = |end| {
+            let mut runs = Extents::new(&image, Span::new(0, end)).map(|run| run.unwrap().0);
+            assert_eq!((runs.next(), runs.next()), (Some(Span::new(0, end)), None));
+        };
+        whole(64 << 40);
+        assert!(image.extent_at(0).unwrap().len >= 4 << 40, "one answer is enough for most");
         image.write_at(&[1], (64 << 40) - 1).unwrap();
         image.write_zeroes(Span::new(0, (64 << 40) - 4096), Zeroing::MayUnmap).unwrap();
         image.flush().unwrap();
-        assert_eq!(image.extent_at(0).unwrap().len, (64 << 40) - (64 << 20));
+        whole((64 << 40) - (64 << 20));
     }
 }
