@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! New images.
 
-use crate::footer::{FOOTER, Footer, Kind, MAX_SIZE};
+use crate::footer::{FOOTER, Footer, Kind, MAX_SIZE, RESERVED};
 use crate::geometry::{Geometry, SECTOR};
 use crate::header::{HEADER, Header, LOCATORS, Locator, MOST_ENTRIES};
 use std::time::{Duration, SystemTime};
@@ -160,6 +160,7 @@ impl CreateOptions {
             kind: self.kind,
             unique_id: self.unique_id,
             saved_state: false,
+            reserved: vec![0; RESERVED],
         }
     }
 }
@@ -239,6 +240,7 @@ fn write_tables(storage: &dyn Storage, options: &CreateOptions, size: u64) -> Re
         // The last unit stays zero.
         parent_name: field.encode_utf16().take(255).collect(),
         locators,
+        reserved: Vec::new(),
         warnings: Vec::new(),
     };
     let end = at.saturating_add(entries.saturating_mul(4).next_multiple_of(SECTOR));
@@ -275,7 +277,7 @@ fn stored_names(parent: &NewParent) -> Vec<([u8; 4], String)> {
 }
 
 /// `time` as the format counts it: seconds since the start of 2000.
-fn timestamp(time: SystemTime) -> u32 {
+pub fn timestamp(time: SystemTime) -> u32 {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     u32::try_from(since.as_secs().saturating_sub(EPOCH)).unwrap_or(u32::MAX)
 }

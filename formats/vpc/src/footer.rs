@@ -11,6 +11,9 @@ pub const MAGIC: [u8; 8] = *b"conectix";
 pub const MAX_SIZE: u64 = 0xff00_0000 * SECTOR;
 /// Bytes of a footer.
 pub(crate) const FOOTER: usize = 512;
+/// Where the part begins that the specification leaves free, and its length.
+const RESERVED_AT: usize = 85;
+pub(crate) const RESERVED: usize = 427;
 /// Where the checksum is; it counts as zero in the sum.
 const CHECKSUM_AT: usize = 64;
 /// Creators whose images have the size that their geometry gives: Virtual PC and QEMU.
@@ -73,6 +76,8 @@ pub struct Footer {
     pub unique_id: [u8; 16],
     /// Whether the machine was suspended, so that its disk is in the middle of something.
     pub saved_state: bool,
+    /// What is behind the fields that the specification has: kept as it is.
+    pub reserved: Vec<u8>,
 }
 
 /// Ones' complement of the sum of all bytes but the checksum's own four.
@@ -138,6 +143,7 @@ impl Footer {
             kind,
             unique_id: array(&fields, "unique id", 68)?,
             saved_state: fields.u8("saved state", 84)? != 0,
+            reserved: fields.bytes("reserved part", RESERVED_AT, RESERVED)?.to_vec(),
         })
     }
 
@@ -160,6 +166,7 @@ impl Footer {
         bytes.extend([0; 4]);
         bytes.extend(self.unique_id);
         bytes.push(u8::from(self.saved_state));
+        bytes.extend(&self.reserved);
         bytes.resize(FOOTER, 0);
         seal(&mut bytes, CHECKSUM_AT);
         bytes
@@ -315,6 +322,7 @@ mod tests {
             kind: Kind::Dynamic,
             unique_id: [9; 16],
             saved_state: false,
+            reserved: vec![5; RESERVED],
         }
     }
 
@@ -363,7 +371,8 @@ mod tests {
 
     #[test]
     fn either_copy_is_used_when_the_other_is_damaged() {
-        let good = footer(*b"test", 1 << 20).to_bytes();
+        let plain = Footer { reserved: vec![0; RESERVED], ..footer(*b"test", 1 << 20) };
+        let good = plain.to_bytes();
         let bad = [0x11; 512].to_vec();
         let file =
             |first: &[u8], last: &[u8]| MemoryDevice::read_only([first, &[0; 2048], last].concat());

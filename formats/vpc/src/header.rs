@@ -16,6 +16,8 @@ const NAME_AT: usize = 64;
 const NAME_LEN: usize = 512;
 const LOCATORS_AT: usize = 576;
 const LOCATOR_LEN: usize = 24;
+const RESERVED_AT: usize = 768;
+const RESERVED: usize = 256;
 
 /// A place where the parent's name is stored for one platform.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub(crate) struct Header {
     /// UTF-16, without the padding.
     pub(crate) parent_name: Vec<u16>,
     pub(crate) locators: [Locator; LOCATORS],
+    /// What is behind the fields that the specification has: kept as it is.
+    pub(crate) reserved: Vec<u8>,
     pub(crate) warnings: Vec<String>,
 }
 
@@ -109,6 +113,7 @@ impl Header {
             parent_timestamp: fields.u32("parent timestamp", 56)?,
             parent_name: name.take_while(|unit| *unit != 0).collect(),
             locators,
+            reserved: fields.bytes("reserved part", RESERVED_AT, RESERVED)?.to_vec(),
             warnings,
         })
     }
@@ -136,6 +141,7 @@ impl Header {
             bytes.extend([0; 4]);
             bytes.extend(locator.offset.to_be_bytes());
         }
+        bytes.extend(&self.reserved);
         bytes.resize(HEADER, 0);
         seal(&mut bytes, CHECKSUM_AT);
         bytes
@@ -191,6 +197,7 @@ mod tests {
             parent_timestamp: 5,
             parent_name: "base.vhd".encode_utf16().collect(),
             locators,
+            reserved: vec![4; RESERVED],
             warnings: Vec::new(),
         };
         let bytes = header.to_bytes();

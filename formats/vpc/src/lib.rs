@@ -33,7 +33,7 @@ mod table;
 mod write;
 
 pub use check::check;
-pub use create::{CreateOptions, NewParent, Sizing, create};
+pub use create::{CreateOptions, NewParent, Sizing, create, timestamp};
 pub use disk::Vpc;
 pub use footer::{Footer, Kind, MAGIC, MAX_SIZE, SizeSource};
 pub use geometry::Geometry;

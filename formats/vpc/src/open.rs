@@ -74,6 +74,9 @@ fn open(
     let body = if found.footer.kind == Kind::Fixed {
         fixed(&file, &found, size, options.salvage, &mut warnings)?
     } else {
+        if storage.is_some() {
+            refuse_batmap(&file, &Header::read(&file, &found.footer, false)?)?;
+        }
         Body::Sparse(Box::new(sparse(file.clone(), &found, size, options, &mut warnings)?))
     };
     Ok(Vpc::new(file, storage, found.footer, size, body, warnings))
@@ -211,6 +214,25 @@ fn sparse(
         space: Mutex::new(space),
         table: RwLock::new(table),
     })
+}
+
+/// XenServer keeps a map of full blocks behind the table, of which the specification knows
+/// nothing: writing here would make it wrong, and XenServer believes it.
+fn refuse_batmap(file: &dyn BlockDevice, header: &Header) -> Result<()> {
+    let table = u64::from(header.max_entries).saturating_mul(4).next_multiple_of(SECTOR);
+    let at = header.table_offset.saturating_add(table);
+    let mut cookie = [0; 8];
+    if Span::new(at, 8).check_within(file.size()).is_ok() {
+        file.read_at(&mut cookie, at)?;
+    }
+    if cookie == *b"tdbatmap" {
+        return Err(Error::unsupported(
+            "the image has a map of full blocks that only XenServer can keep: it can be read, but \
+             not written",
+        )
+        .at(at));
+    }
+    Ok(())
 }
 
 /// Looks at a few blocks of a dynamic disk for data in sectors that count as not written.

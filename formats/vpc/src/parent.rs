@@ -225,6 +225,7 @@ mod tests {
             parent_timestamp: 0,
             parent_name: name.encode_utf16().collect(),
             locators,
+            reserved: Vec::new(),
             warnings: Vec::new(),
         };
         (MemoryDevice::read_only(bytes), header)

@@ -40,7 +40,7 @@ fn base() -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(30))]
 
     #[test]
     fn a_dynamic_disk_is_its_bytes(ops in operations(SIZE, u64::from(BLOCK), 25)) {

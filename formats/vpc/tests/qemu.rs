@@ -11,7 +11,9 @@ use tranship_format_testing::{
     Op, apply, contents, has_tool, pattern, qemu_img, qemu_img_status, raw_by_qemu, verify,
 };
 use tranship_raw::RawFile;
-use tranship_vpc::{CreateOptions, Footer, Kind, OpenOptions, SizeSource, Sizing, Vpc, create};
+use tranship_vpc::{
+    CreateOptions, Footer, Kind, NewParent, OpenOptions, SizeSource, Sizing, Vpc, create,
+};
 
 const SIZE: usize = 9 << 20;
 
@@ -209,6 +211,28 @@ fn a_footer_of_511_bytes_is_one() {
         verify(&open(&writable(&path), None), &model);
         assert!(raw_by_qemu("vpc", folder.path(), &path) == model);
     }
+}
+
+#[test]
+fn qemu_takes_a_child_for_an_image() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    // It ignores the parent, but not the rest: what the child has is where it looks for it.
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("child");
+    let parent = NewParent { unique_id: support::PARENT_ID, ..NewParent::default() };
+    create_at(&path, &CreateOptions::differencing(SIZE as u64, parent));
+    let base = disk();
+    let image = open(&writable(&path), Some(&base));
+    image.write_at(&pattern(2 << 20, 9), 2 << 20).unwrap();
+    drop(image);
+    let found = raw_by_qemu("vpc", folder.path(), &path);
+    assert_eq!(found.len(), SIZE);
+    assert!(found[2 << 20..4 << 20] == pattern(2 << 20, 9));
+    let mut model = base.clone();
+    model[2 << 20..4 << 20].copy_from_slice(&pattern(2 << 20, 9));
+    verify(&open(&writable(&path), Some(&base)), &model);
 }
 
 #[test]
