@@ -3,7 +3,7 @@
 
 use crate::commit::write_footers;
 use crate::footer::{Found, Kind, find};
-use crate::geometry::SECTOR;
+use crate::geometry::{SECTOR, whole_sectors};
 use crate::header::Header;
 use crate::open::{check_metadata, check_size, limit, metadata};
 use crate::table::{ABSENT, Layout, Table, survey};
@@ -82,7 +82,7 @@ fn tables(storage: &dyn Storage, found: &Found, report: &mut CheckReport) -> Res
     let header = Header::read(storage, &found.footer, false).and_then(|header| {
         check_size(size)?;
         header.check(storage.size(), size, false)?;
-        check_metadata(&metadata(&header, &found.footer))?;
+        check_metadata(&metadata(storage.size(), &header, &found.footer))?;
         Ok(header)
     });
     let header = match header {
@@ -95,7 +95,7 @@ fn tables(storage: &dyn Storage, found: &Found, report: &mut CheckReport) -> Res
     };
     let layout = Layout::new(&header, found.footer.data_offset);
     let table = Table::read(storage, &header, size)?;
-    let metadata = metadata(&header, &found.footer);
+    let metadata = metadata(storage.size(), &header, &found.footer);
     let limit = limit(storage, found);
     let occupied = survey(&table, &layout, size, &metadata, limit);
     for fault in &occupied.faults {
@@ -111,7 +111,7 @@ fn tables(storage: &dyn Storage, found: &Found, report: &mut CheckReport) -> Res
         report.fragmented_clusters = report.fragmented_clusters.saturating_add(u64::from(!follows));
         before = Some(start.saturating_add(layout.slot()));
     }
-    let end = occupied.end.next_multiple_of(SECTOR);
+    let end = whole_sectors(occupied.end);
     report.image_end_offset = end.saturating_add(SECTOR);
     if !occupied.faults.is_empty() {
         return Ok(None);

@@ -11,7 +11,7 @@
 //! it, and when all reads and writes that found it before are done.
 
 use crate::footer::Footer;
-use crate::geometry::SECTOR;
+use crate::geometry::{SECTOR, whole_sectors};
 use crate::sparse::Sparse;
 use crate::table::Layout;
 use std::mem;
@@ -113,7 +113,7 @@ pub(crate) fn write_footers(
         storage.write_at(&bytes, 0)?;
         storage.flush()?;
     }
-    let at = footer_at.unwrap_or_else(|| end.next_multiple_of(SECTOR));
+    let at = footer_at.unwrap_or_else(|| whole_sectors(end));
     let file_end = at.saturating_add(SECTOR);
     if storage.size() < file_end {
         storage.set_len(file_end)?;

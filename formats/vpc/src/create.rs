@@ -4,6 +4,7 @@
 use crate::footer::{FOOTER, Footer, Kind, MAX_SIZE, RESERVED};
 use crate::geometry::{Geometry, SECTOR};
 use crate::header::{HEADER, Header, LOCATORS, Locator, MOST_ENTRIES};
+use crate::parent::LONGEST_NAME;
 use std::time::{Duration, SystemTime};
 use tranship_block::{Error, Result, Storage};
 
@@ -223,8 +224,8 @@ fn write_tables(storage: &dyn Storage, options: &CreateOptions, size: u64) -> Re
     let stored = stored_names(parent);
     for (locator, (code, name)) in locators.iter_mut().zip(&stored) {
         let bytes: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let len = u32::try_from(bytes.len())
-            .map_err(|_| Error::usage("the name of the parent is too long"))?;
+        let len = u32::try_from(bytes.len()).ok().filter(|len| *len <= LONGEST_NAME);
+        let len = len.ok_or_else(|| Error::usage("the name of the parent is too long"))?;
         let space = len.next_multiple_of(512);
         *locator = Locator { code: *code, space, len, offset: at };
         names.push((at, bytes));

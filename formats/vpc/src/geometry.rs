@@ -7,6 +7,11 @@ use std::fmt;
 /// Bytes of a sector; the format knows no other.
 pub(crate) const SECTOR: u64 = 512;
 
+/// `bytes` rounded up to whole sectors; down, where there is no such number.
+pub(crate) fn whole_sectors(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX / SECTOR * SECTOR)
+}
+
 /// The size of a disk as three numbers, whose product is a number of sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Geometry {

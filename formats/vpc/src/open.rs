@@ -116,8 +116,13 @@ fn fixed(
     Ok(Body::Fixed { stored: stored.min(size) })
 }
 
-/// The parts of the file that are neither blocks nor the footer at the end.
-pub(crate) fn metadata(header: &Header, footer: &Footer) -> Vec<(Span, &'static str)> {
+/// The parts of a file of `file_size` bytes that are neither blocks nor the footer at the
+/// end.
+pub(crate) fn metadata(
+    file_size: u64,
+    header: &Header,
+    footer: &Footer,
+) -> Vec<(Span, &'static str)> {
     let len = |len: usize| u64::try_from(len).unwrap_or(u64::MAX);
     let table = u64::from(header.max_entries).saturating_mul(4).next_multiple_of(SECTOR);
     let mut parts = vec![
@@ -127,10 +132,11 @@ pub(crate) fn metadata(header: &Header, footer: &Footer) -> Vec<(Span, &'static 
     ];
     let is_child = footer.kind == Kind::Differencing;
     let locators = header.locators.iter().filter(|locator| is_child && locator.code != [0; 4]);
-    parts.extend(locators.map(|locator| {
+    let names = locators.map(|locator| {
         let space = u64::from(locator.len).next_multiple_of(SECTOR);
         (Span::new(locator.offset, space), "name of the parent")
-    }));
+    });
+    parts.extend(names.filter(|(span, _)| span.check_within(file_size).is_ok()));
     parts
 }
 
@@ -179,7 +185,7 @@ fn sparse(
         warnings.extend(parent::check(&header, options.parent.as_ref(), salvage)?);
     }
     let mut table = Table::read(&file, &header, size)?;
-    let metadata = metadata(&header, &found.footer);
+    let metadata = metadata(file.size(), &header, &found.footer);
     if let Err(error) = check_metadata(&metadata) {
         if !salvage {
             return Err(error);

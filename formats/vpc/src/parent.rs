@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Result, Span};
 
 /// Longest stored name in bytes; Windows paths end at 32767 units.
-const LONGEST_NAME: u32 = 65_536;
+pub(crate) const LONGEST_NAME: u32 = 65_536;
 
 /// The disk below a differencing one.
 #[derive(Clone, Debug)]

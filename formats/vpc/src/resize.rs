@@ -212,7 +212,7 @@ impl Change<'_> {
         }
         let len = needed.saturating_mul(4).next_multiple_of(SECTOR);
         let region = Span::new(header.table_offset, len);
-        let others = metadata(&header, self.old);
+        let others = metadata(self.storage.size(), &header, self.old);
         let is_other = |span: &Span| span.start != header.table_offset && touches(*span, region);
         if let Some((span, what)) = others.iter().find(|(span, _)| is_other(span)) {
             return Err(Error::unsupported(format!(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Which parts of the file are free for blocks.
 
-use crate::geometry::SECTOR;
+use crate::geometry::{SECTOR, whole_sectors};
 use crate::table::{Layout, Occupied, touches};
 use std::collections::VecDeque;
 use tranship_block::{Error, ErrorKind, Result, Span};
@@ -79,7 +79,7 @@ impl Space {
         }
         Self {
             free,
-            end: occupied.end.next_multiple_of(SECTOR),
+            end: whole_sectors(occupied.end),
             floor: others.iter().map(Span::end).max().unwrap_or(0),
             footer_at,
             ..Self::default()
@@ -147,7 +147,7 @@ impl Space {
 /// The first place from `start` on where a block's data is aligned.
 fn aligned(start: u64, layout: &Layout) -> u64 {
     let step = ALIGNMENT.min(layout.block);
-    let data = start.next_multiple_of(SECTOR).saturating_add(layout.bitmap);
+    let data = whole_sectors(start).saturating_add(layout.bitmap);
     data.checked_next_multiple_of(step).unwrap_or(u64::MAX).saturating_sub(layout.bitmap)
 }
 

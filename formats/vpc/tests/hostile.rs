@@ -204,6 +204,23 @@ fn an_image_with_a_map_of_full_blocks_is_only_read() {
 }
 
 #[test]
+fn names_outside_the_file_do_not_matter() {
+    let base = pattern(9000, 1);
+    let (mut bytes, model) = sample(Kind::Differencing, Some(&base));
+    for at in [16, 20] {
+        put_in_header(&mut bytes, 576 + at, u32::MAX);
+        let storage = Arc::new(MemoryDevice::new(bytes.clone()));
+        let names = ParentRequest::read(&*storage).unwrap().unwrap().names;
+        assert!(names.iter().all(|name| name.name.ends_with("base.vhd")), "{names:?}");
+        let disk = open(&storage, Some(&base));
+        let mut model = model.clone();
+        apply(&disk, &mut model, &Op::Write(10_000, 20_000, 3));
+        drop(disk);
+        verify(&open(&storage, Some(&base)), &model);
+    }
+}
+
+#[test]
 fn a_fixed_disk_that_is_cut_is_refused_or_salvaged() {
     let (good, model) = sample(Kind::Fixed, None);
     let footer = &good[good.len() - 512..];
