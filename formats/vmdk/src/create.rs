@@ -51,7 +51,7 @@ pub fn create(
         _ => {
             invalidate(storage)?;
             for line in &extents {
-                create_extent(files, line, options.zeroed_grain)
+                create_extent(files, line, options.zeroed_grain, options.preallocate)
                     .map_err(|error| error.in_file(&line.name))?;
             }
             storage.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))?;
@@ -66,12 +66,17 @@ pub(crate) fn create_extent(
     files: &dyn ExtentFiles,
     line: &ExtentLine,
     zeroed_grain: bool,
+    preallocate: bool,
 ) -> Result<()> {
     if line.kind == ExtentType::Sparse {
         let file = files.create(&line.name, 0)?;
         return create_sparse(&*file, line.len, zeroed_grain, None);
     }
-    files.create(&line.name, line.len)?.flush()
+    let file = files.create(&line.name, line.len)?;
+    if preallocate {
+        file.write_zeroes(Span::new(0, line.len), Zeroing::KeepAllocated)?;
+    }
+    file.flush()
 }
 
 /// Where the parts of a new sparse extent are, in sectors.

@@ -300,7 +300,7 @@ impl BlockDevice for Vmdk {
             Backing::Sparse(extent) => u32::try_from(extent.layout().grain.get()).ok(),
             Backing::Zero | Backing::Flat(_) => None,
         });
-        grains.max().unwrap_or(4096)
+        grains.max().unwrap_or(0).max(4096)
     }
 
     fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {

@@ -35,8 +35,8 @@ pub(crate) enum Entries {
     },
 }
 
-/// The entry of a table that could not be read, in salvaged disks alone: no entry on disk
-/// can have this value.
+/// The entry of a table that could not be read, in salvaged disks alone. Tables are parsed
+/// so that no entry on disk has this value.
 pub(crate) const LOST: u64 = u64::MAX;
 
 /// A header whose numbers have been checked against the limits of the format.
@@ -124,6 +124,10 @@ impl Layout {
         match (self.entries, entry) {
             (_, 0) => Ok(Place::Absent),
             (_, LOST) | (Entries::Sectors { zeroed: true }, 1) => Ok(Place::Zero),
+            // Descriptors and directories are there, never grains.
+            (Entries::Sectors { zeroed: false }, 1) => Err(Error::corrupt(
+                "grain table entry is 1, but the header does not say that this means zeroes",
+            )),
             (Entries::Sectors { .. }, sector) => Ok(Place::Stored(sector.saturating_mul(SECTOR))),
             (Entries::SeSparse { grains, .. }, entry) => match entry >> 60 {
                 0 => Ok(Place::Absent),

@@ -148,6 +148,8 @@ pub struct CreateOptions {
     pub zeroed_grain: bool,
     /// The disk below, if the new one is a snapshot.
     pub parent: Option<ParentLink>,
+    /// Whether flat extents get all of their space at once.
+    pub preallocate: bool,
     /// The content id; a random one if none is given.
     pub cid: Option<u32>,
     /// Effort of compression for [`Subformat::StreamOptimized`], from 1 to 12.
@@ -166,6 +168,7 @@ impl CreateOptions {
             tools_version: i32::MAX.unsigned_abs(),
             zeroed_grain: false,
             parent: None,
+            preallocate: false,
             cid: None,
             compression_level: 6,
         }
@@ -187,6 +190,12 @@ impl CreateOptions {
         if self.parent.is_some() && self.subformat.is_flat() {
             return Err(Error::usage(format!(
                 "a disk of subformat {} cannot have a parent: only sparse ones can",
+                self.subformat.word()
+            )));
+        }
+        if self.preallocate && !self.subformat.is_flat() {
+            return Err(Error::usage(format!(
+                "space cannot be reserved for a disk of subformat {}: only for flat ones",
                 self.subformat.word()
             )));
         }

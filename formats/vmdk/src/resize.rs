@@ -179,7 +179,7 @@ fn grow_described(
             let len = left.min(SPLIT);
             let name = extent_name(&stem, subformat, number);
             let line = ExtentLine { len, name, offset: 0, ..template.clone() };
-            create_extent(files, &line, false).map_err(|error| error.in_file(&line.name))?;
+            create_extent(files, &line, false, false).map_err(|error| error.in_file(&line.name))?;
             extents.push(line);
             left = left.saturating_sub(len);
         }

@@ -96,8 +96,8 @@ impl SparseExtent {
         }
         Ok((tables > 0 || grains > 0).then(|| {
             format!(
-                "{tables} grain tables of {} MiB are lost, and {grains} grains of {} KiB end past \
-                 the end of the file: zeroes are read instead",
+                "{tables} grain tables of {} MiB are lost, and {grains} grains of {} KiB lead \
+                 nowhere or past the end of the file: zeroes are read instead",
                 self.layout.table_span() >> 20,
                 self.layout.grain.get() >> 10
             )

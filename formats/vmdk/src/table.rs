@@ -42,7 +42,9 @@ impl Table {
             }
             Entries::SeSparse { .. } => {
                 let (entries, _) = bytes.as_chunks();
-                Self::Wide(entries.iter().map(|entry| u64::from_le_bytes(*entry)).collect())
+                // Both are invalid, but one of them means that the table is lost.
+                let number = |entry: &[u8; 8]| u64::from_le_bytes(*entry).min(LOST - 1);
+                Self::Wide(entries.iter().map(number).collect())
             }
         }
     }

@@ -195,6 +195,25 @@ fn snapshots_name_their_parent() {
 }
 
 #[test]
+fn flat_extents_can_be_given_their_space() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    for (name, preallocate) in [("thin.vmdk", false), ("thick.vmdk", true)] {
+        let mut options = CreateOptions::new(1 << 20, Subformat::Vmfs, name);
+        options.preallocate = preallocate;
+        folder::create(folder.path(), &options).unwrap();
+        let facts = std::fs::metadata(folder.path().join(options.extent_name(0))).unwrap();
+        assert_eq!(facts.len(), 1 << 20);
+        // Some file systems can reserve nothing; none takes space for what is not asked for.
+        assert!(preallocate || facts.blocks() == 0, "{} blocks", facts.blocks());
+    }
+    let mut options = CreateOptions::new(1 << 20, Subformat::MonolithicSparse, "d.vmdk");
+    options.preallocate = true;
+    let error = folder::create(folder.path(), &options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+}
+
+#[test]
 fn what_cannot_be_expressed_is_refused() {
     let kind = |change: &dyn Fn(&mut CreateOptions)| {
         let mut options = CreateOptions::new(1 << 20, Subformat::MonolithicFlat, "d.vmdk");

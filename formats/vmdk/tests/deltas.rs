@@ -255,7 +255,8 @@ fn headers_and_entries_are_checked() {
         let error = open(descriptor, image, OpenOptions::default()).unwrap_err();
         assert!(error.to_string().contains(text), "{error}");
     }
-    for entry in [0x4000_0000_0000_0000, 0x3000_ffff_ffff_ffff, 0x3fff_0000_0000_0000_u64] {
+    for entry in [u64::MAX, 0x4000_0000_0000_0000, 0x3000_ffff_ffff_ffff, 0x3fff_0000_0000_0000_u64]
+    {
         let mut image = sesparse(&runs(4096), &[]);
         put(&mut image, TABLES + 2 * 64 * 512, &entry.to_le_bytes());
         let descriptor = descriptor("seSparse", "SESPARSE", false);

@@ -281,3 +281,15 @@ fn probe_disk(disk: &Vmdk) {
         }
     }
 }
+
+#[test]
+fn zeroes_have_to_be_declared() {
+    let mut image = sparse();
+    put(&mut image, 8, &1_u32.to_le_bytes());
+    refused(image.clone(), "grain table entry is 1");
+    let file = Arc::new(MemoryDevice::read_only(image));
+    let salvage = OpenOptions { salvage: true, ..OpenOptions::default() };
+    let disk = Vmdk::open(file, &DenyAll, salvage).unwrap();
+    assert!(folder::contents(&disk).unwrap() == read(sparse()).unwrap());
+    assert!(disk.warnings()[1].contains("1 grains"), "{:?}", disk.warnings());
+}
