@@ -4,26 +4,19 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{
-    BlockDevice, ErrorKind, MemoryDevice, PackedTarget, PackedUnit, Storage, is_zero,
-};
+use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, PackedTarget, PackedUnit, is_zero};
 use tranship_format_testing::{
     Op, apply, contents, has_tool, pattern, qemu_img, qemu_img_status, raw_by_qemu, verify,
 };
 use tranship_qcow2::{
     Compression, CreateOptions, OpenOptions, PackedQcow2, Qcow2, create, create_packed,
 };
-use tranship_raw::{Access, RawFile};
 
 const SIZE: usize = (5 << 20) + 512 * 3;
 
-fn file(path: &Path) -> Arc<dyn Storage> {
-    let _ = std::fs::remove_file(path);
-    Arc::new(RawFile::create(path, 0).unwrap())
-}
-
-fn reopen(path: &Path) -> Arc<dyn Storage> {
-    Arc::new(RawFile::open(path, Access::ReadWrite).unwrap())
+/// What was made in memory, for qemu-img.
+fn save(storage: &MemoryDevice, path: &Path) {
+    std::fs::write(path, storage.snapshot()).unwrap();
 }
 
 /// Text, noise, runs of one byte and zeroes.
@@ -114,17 +107,30 @@ fn packed_images_of_every_kind_are_good_for_qemu_and_small() {
             version,
             ..CreateOptions::new(SIZE as u64)
         };
-        let target = create_packed(file(&path), &options).unwrap();
+        let storage = Arc::new(MemoryDevice::new(Vec::new()));
+        let target = create_packed(storage.clone(), &options).unwrap();
         pack(&target, &disk);
+        save(&storage, &path);
         assert!(contents(target.image()) == disk, "{name}: before it is finished");
         assert!(!qemu_img_status(&["info", "-f", "qcow2"], &[&path]).status.success());
         target.finish().unwrap();
         drop(target);
+        save(&storage, &path);
+        if order == 4 && bits == 16 && version == 3 {
+            let by_qemu = folder.path().join("by-qemu");
+            let kind = if compression == Compression::Zstd { "zstd" } else { "zlib" };
+            let option = format!("compression_type={kind}");
+            let args = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &option];
+            qemu_img(&args, &[&raw, &by_qemu]);
+            // Here a file ends with a whole cluster.
+            let most = std::fs::metadata(&by_qemu).unwrap().len().next_multiple_of(1 << bits);
+            assert!(storage.size() <= most, "{name}: {} > {most}", storage.size());
+        }
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == disk, "{name}");
 
         let mut model = disk.clone();
-        let image = Qcow2::open(reopen(&path), OpenOptions::default()).unwrap();
+        let image = Qcow2::open(storage.clone(), OpenOptions::default()).unwrap();
         verify(&image, &model);
         let mut piece = vec![0; 7000];
         for at in (0..SIZE - 7000).step_by(60_001) {
@@ -145,23 +151,9 @@ fn packed_images_of_every_kind_are_good_for_qemu_and_small() {
         }
         verify(&image, &model);
         drop(image);
+        save(&storage, &path);
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}: changed");
-
-        if order == 4 && bits == 16 && version == 3 {
-            let by_qemu = folder.path().join("by-qemu");
-            let kind = if compression == Compression::Zstd { "zstd" } else { "zlib" };
-            let option = format!("compression_type={kind}");
-            let target = create_packed(file(&path), &options).unwrap();
-            pack(&target, &disk);
-            target.finish().unwrap();
-            let args = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &option];
-            qemu_img(&args, &[&raw, &by_qemu]);
-            let len = |path: &Path| std::fs::metadata(path).unwrap().len();
-            // Here a file ends with a whole cluster.
-            let most = len(&by_qemu).next_multiple_of(1 << bits);
-            assert!(len(&path) <= most, "{name}: {} > {most}", len(&path));
-        }
     }
 }
 
@@ -197,8 +189,9 @@ fn compressed_writes_into_an_open_image() {
             compression,
             ..CreateOptions::new(SIZE as u64)
         };
-        create(&*file(&path), &options).unwrap();
-        let image = Qcow2::open(reopen(&path), OpenOptions::default()).unwrap();
+        let storage = Arc::new(MemoryDevice::new(Vec::new()));
+        create(&*storage, &options).unwrap();
+        let image = Qcow2::open(storage.clone(), OpenOptions::default()).unwrap();
         let mut model = vec![0; SIZE];
         apply(&image, &mut model, &Op::Write(1_000_000, 1_000_000, 1));
         // From two threads, over holes, data and other compressed clusters.
@@ -231,6 +224,7 @@ fn compressed_writes_into_an_open_image() {
         assert_eq!(error.kind(), ErrorKind::Usage);
         verify(&image, &model);
         drop(image);
+        save(&storage, &path);
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}");
     }

@@ -58,8 +58,9 @@ fn kinds() -> Vec<(String, CreateOptions)> {
     let mut kinds = Vec::new();
     for bits in [9, 10, 12, 14, 16, 18, 21] {
         for order in 0..=6 {
-            // Every width of counts with two sizes of clusters, one with the others.
-            if !matches!(bits, 9 | 16) && order != bits % 7 {
+            // Every width of counts with one size of clusters, some with the others.
+            let is_chosen = bits == 9 || order == bits % 7 || (bits == 16 && order % 4 == 0);
+            if !is_chosen {
                 continue;
             }
             let name = format!("clusters of {bits} bits, counts of order {order}");
@@ -91,6 +92,11 @@ fn kinds() -> Vec<(String, CreateOptions)> {
     kinds
 }
 
+/// What was made in memory, for qemu-img.
+fn save(storage: &MemoryDevice, path: &Path) {
+    std::fs::write(path, storage.snapshot()).unwrap();
+}
+
 fn clean(path: &Path, name: &str) {
     let output = qemu_img_status(&["check", "-f", "qcow2"], &[path]);
     assert!(
@@ -109,17 +115,20 @@ fn every_kind_of_image_is_good_for_qemu() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     for (name, options) in kinds() {
-        create(&*file(&path), &options).unwrap();
+        let storage = Arc::new(MemoryDevice::new(Vec::new()));
+        create(&*storage, &options).unwrap();
+        save(&storage, &path);
         clean(&path, &name);
-        let image = open(reopen(&path), &OpenOptions::default());
+        let image = open(storage.clone(), &OpenOptions::default());
         let mut model = vec![0; SIZE as usize];
         for op in work(1 << options.cluster_bits) {
             apply(&image, &mut model, &op);
         }
         verify(&image, &model);
         drop(image);
+        save(&storage, &path);
         clean(&path, &name);
-        let image = open(reopen(&path), &OpenOptions::default());
+        let image = open(storage, &OpenOptions::default());
         verify(&image, &model);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}");
     }
@@ -133,8 +142,8 @@ fn every_kind_of_image_can_be_written_in_bulk() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("image");
     for (name, options) in kinds() {
-        let storage = file(&path);
-        let image = create_for_writing(Arc::clone(&storage), &options).unwrap();
+        let storage = Arc::new(MemoryDevice::new(Vec::new()));
+        let image = create_for_writing(storage.clone(), &options).unwrap();
         let mut model = vec![0; SIZE as usize];
         // From several threads, as a copy does it, then at random.
         let disk = pattern(2 << 20, 9);
@@ -156,9 +165,11 @@ fn every_kind_of_image_can_be_written_in_bulk() {
         }
         verify(&image, &model);
         // Killed now, it is no image.
+        save(&storage, &path);
         let output = qemu_img_status(&["info", "-f", "qcow2"], &[&path]);
         assert!(!output.status.success(), "{name}: unfinished, but an image");
         image.finish().unwrap();
+        save(&storage, &path);
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}");
         // It goes on as an ordinary image.
@@ -167,6 +178,7 @@ fn every_kind_of_image_can_be_written_in_bulk() {
         }
         verify(&image, &model);
         drop(image);
+        save(&storage, &path);
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}: afterwards");
     }
@@ -275,12 +287,12 @@ fn overlays_with_subclusters_and_of_version_2() {
         };
         let open_options =
             OpenOptions { backing: Some(Arc::clone(&backing)), ..OpenOptions::default() };
-        let storage = file(&path);
+        let storage = Arc::new(MemoryDevice::new(Vec::new()));
         let image = if bulk {
-            create_over(storage, &options, Some(Arc::clone(&backing))).unwrap()
+            create_over(storage.clone(), &options, Some(Arc::clone(&backing))).unwrap()
         } else {
             create(&*storage, &options).unwrap();
-            open(storage, &open_options)
+            open(storage.clone(), &open_options)
         };
         let mut model = vec![0; SIZE as usize];
         model[..base_bytes.len()].copy_from_slice(&base_bytes);
@@ -291,9 +303,10 @@ fn overlays_with_subclusters_and_of_version_2() {
         verify(&image, &model);
         image.finish().unwrap();
         drop(image);
+        save(&storage, &path);
         clean(&path, &name);
         assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "{name}");
-        verify(&open(reopen(&path), &open_options), &model);
+        verify(&open(storage, &open_options), &model);
     }
 }
 
