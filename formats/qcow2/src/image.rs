@@ -181,14 +181,18 @@ impl Qcow2 {
         })
     }
 
-    /// Makes everything durable and stores the bitmaps that writes have marked, as dropping
-    /// it does, and reports what goes wrong. It can be used on afterwards.
+    /// Makes everything durable, as dropping it does, and reports what goes wrong: the
+    /// bitmaps that writes have marked, the reference counts that a lazy image has put off,
+    /// and all that makes an image of one that was written in bulk, which dropping does
+    /// not. It can be used on afterwards.
     ///
     /// # Errors
     ///
     /// I/O errors. Bitmaps are inconsistent then.
-    pub fn close(self) -> Result<()> {
-        self.shut()
+    pub fn finish(&self) -> Result<()> {
+        self.stop_tracking()?;
+        self.flush_all()?;
+        self.make_whole()
     }
 
     /// What the header said when the image was opened.
@@ -294,6 +298,9 @@ impl BlockDevice for Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         // Errors have nobody to go to here: who needs to know calls flush or finish first.
-        let _ = self.shut();
+        // What was written in bulk and never finished stays no image.
+        if self.lock().bulk.is_none() {
+            let _ = self.finish();
+        }
     }
 }

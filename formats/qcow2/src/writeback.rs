@@ -268,33 +268,21 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes everything that makes the image whole: what a bulk image is written without,
-    /// and the reference counts that a lazy one has put off. It can be used on afterwards.
-    ///
-    /// # Errors
-    ///
-    /// I/O errors.
-    pub fn finish(&self) -> Result<()> {
+    /// Writes what a bulk image is written without until now, or the reference counts that
+    /// a lazy one has put off.
+    pub(crate) fn make_whole(&self) -> Result<()> {
         let Some(storage) = &self.storage else { return Ok(()) };
-        self.stop_tracking()?;
-        self.flush_all()?;
         let _nobody = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
         let mut metadata = self.lock();
-        if metadata.bulk.is_some() {
-            if let Some(data) = &self.data {
-                data.flush()?;
-            }
-            return bulk::finish(&mut metadata, &**storage)
-                .inspect_err(|_| self.failed.store(true, Ordering::Release));
+        if metadata.bulk.is_none() {
+            drop(metadata);
+            return self.end_laziness(storage);
         }
-        drop(metadata);
-        self.end_laziness(storage)
-    }
-
-    /// What is left to do when nobody uses the image any more; one that was never
-    /// finished stays none.
-    pub(crate) fn shut(&self) -> Result<()> {
-        if self.lock().bulk.is_some() { Ok(()) } else { self.finish() }
+        if let Some(data) = &self.data {
+            data.flush()?;
+        }
+        bulk::finish(&mut metadata, &**storage)
+            .inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
 
     /// Writes the reference counts that were put off, then says that the image is clean.

@@ -77,9 +77,9 @@ fn run(create_options: &CreateOptions, backing: &Backing, seed: u64) {
     image.finish().unwrap();
     storage.promise(&model);
     drop(image);
-    let mut seen = 0_usize;
+    let mut looked_at = 0_usize;
     storage.replay(&first, seed, |disk, promised| {
-        seen += 1;
+        looked_at += 1;
         let device = Arc::new(MemoryDevice::read_only(disk));
         let is_dirty = Header::read(&*device).unwrap().is_dirty();
         assert!(!is_dirty || create_options.lazy_refcounts);
@@ -95,7 +95,7 @@ fn run(create_options: &CreateOptions, backing: &Backing, seed: u64) {
             assert!(known, "byte {at:#x} is {byte}, promised {}", promised[at]);
         }
     });
-    assert!(seen > 50, "only {seen} disks were looked at");
+    assert!(looked_at > 50, "only {looked_at} disks were looked at");
 }
 
 #[test]
