@@ -4,7 +4,6 @@
 //! Fields and extensions that this crate does not know are kept. A change is one write,
 //! so that a crash leaves the old header or the new one.
 
-use crate::extensions::FEATURE_NAMES;
 use crate::geometry::{to_u64, to_usize};
 use crate::header::Header;
 use tranship_block::{BigEndian, BlockDevice, Error, Result, Storage};
@@ -15,6 +14,9 @@ const SHORT: usize = 72;
 const LONG: usize = 112;
 /// The longest name of a backing file.
 const LONGEST_NAME: usize = 1023;
+
+/// Type of the extension with the names of features.
+const FEATURE_NAMES: u32 = 0x6803_f857;
 
 /// Offsets of fields in the header.
 pub(crate) mod field {
@@ -140,18 +142,32 @@ impl FirstCluster {
         self.backing = name.as_bytes().to_vec();
     }
 
-    /// The bytes of the cluster up to the end of the last thing in it.
-    ///
-    /// Names of features are there for messages only: where there is no room for
-    /// everything, they go first.
+    /// The bytes of the cluster up to the end of the last thing in it. Names of features,
+    /// which only explain, go where a small cluster has no place for them.
     fn encode(&self) -> Result<Vec<u8>> {
-        self.encode_with(|_| true).or_else(|_| self.encode_with(|kind| kind != FEATURE_NAMES))
+        let whole = self.encode_without(None);
+        let bytes = if whole.len() > self.cluster {
+            self.encode_without(Some(FEATURE_NAMES))
+        } else {
+            whole
+        };
+        if self.backing.len() > LONGEST_NAME || bytes.len() > self.cluster {
+            return Err(Error::usage(format!(
+                "header would have {} bytes with a name of {} bytes, expected at most {} with \
+                 {LONGEST_NAME}",
+                bytes.len(),
+                self.backing.len(),
+                self.cluster
+            )));
+        }
+        Ok(bytes)
     }
 
-    fn encode_with(&self, is_kept: impl Fn(u32) -> bool) -> Result<Vec<u8>> {
+    fn encode_without(&self, left_out: Option<u32>) -> Vec<u8> {
         let narrow = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
         let mut bytes = self.fields.clone();
-        for (kind, content) in self.extensions.iter().filter(|(kind, _)| is_kept(*kind)) {
+        let kept = self.extensions.iter().filter(|(kind, _)| Some(*kind) != left_out);
+        for (kind, content) in kept {
             bytes.extend(kind.to_be_bytes());
             bytes.extend(narrow(content.len()));
             bytes.extend(content);
@@ -167,16 +183,7 @@ impl FirstCluster {
         put(8, &offset.to_be_bytes());
         put(16, &narrow(self.backing.len()));
         bytes.extend(&self.backing);
-        if self.backing.len() > LONGEST_NAME || bytes.len() > self.cluster {
-            return Err(Error::usage(format!(
-                "header would have {} bytes with a name of {} bytes, expected at most {} with \
-                 {LONGEST_NAME}",
-                bytes.len(),
-                self.backing.len(),
-                self.cluster
-            )));
-        }
-        Ok(bytes)
+        bytes
     }
 
     /// Writes the cluster, durably when this returns.

@@ -81,7 +81,7 @@ impl Sample {
 }
 
 /// SHA-256 of the decimal size, and for every 64 KiB chunk that is not zero of its number,
-/// a colon and its bytes.
+/// a colon and its bytes. A short last chunk counts with zeroes behind it.
 ///
 /// # Errors
 ///
@@ -100,11 +100,11 @@ pub fn digest(device: &dyn BlockDevice) -> tranship_block::Result<String> {
             continue;
         }
         let len = (size - at).min(CHUNK);
-        let piece = &mut buf[..len as usize];
-        device.read_at(piece, at)?;
-        if !is_zero(piece) {
+        buf.fill(0);
+        device.read_at(&mut buf[..len as usize], at)?;
+        if !is_zero(&buf) {
             hash.update(format!("{}:", at / CHUNK));
-            hash.update(&*piece);
+            hash.update(&buf);
         }
         at += len;
     }
