@@ -458,7 +458,8 @@ fn lazy_refcounts_are_dirty_until_the_image_is_closed() {
     let storage = Arc::new(MemoryDevice::new(Vec::new()));
     let options = CreateOptions { lazy_refcounts: true, ..CreateOptions::new(SIZE) };
     create(&*storage, &options).unwrap();
-    let is_dirty = || tranship_qcow2::Header::read(&*storage).unwrap().is_dirty();
+    let file = storage.clone();
+    let is_dirty = || tranship_qcow2::Header::read(&*file).unwrap().is_dirty();
     let image = open(storage.clone(), &OpenOptions::default());
     assert!(!is_dirty());
     let bytes = pattern(300_000, 2);
