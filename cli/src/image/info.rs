@@ -31,7 +31,10 @@ pub(crate) fn run(args: &InfoArgs, console: Console) -> Result<u8, Failure> {
     // What these are can be told without the passphrase or parent that their disks need.
     let source = match source.opened.format {
         Format::Raw | Format::Qcow2 | Format::Luks if !args.backing_chain => source,
-        _ => opening.open(name, console)?,
+        _ => {
+            drop(source);
+            opening.open(name, console)?
+        }
     };
     let layers = if args.backing_chain { source.opened.layers.len() } else { 1 };
     let facts = gather(&source, layers)?;

@@ -39,8 +39,9 @@ pub(crate) fn run(args: &ResizeArgs, console: Console) -> Result<u8, Failure> {
     }
     let opening = Opening::writing(&args.naming, args.format.format.as_deref());
     let mut source = opening.open_file(name, console)?;
-    // The others are resized by their disks.
+    // The others are resized by their disks; an image is locked while it is open.
     if !matches!(source.opened.format, Format::Raw | Format::Qcow2) {
+        drop(source);
         source = opening.open(name, console)?;
     }
     let old = size_of(&source)?.next_multiple_of(512);

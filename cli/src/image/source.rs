@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tranship_block::BlockDevice;
+use tranship_block::{BlockDevice, ErrorKind};
 use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust};
 use tranship_qcow2::{Qcow2, Snapshot};
 
@@ -189,8 +189,12 @@ impl<'a> Opening<'a> {
                 "force-share=on can only be used with read-only images",
             )));
         }
-        let opened = tranship_formats::open_spec(&spec, &options)
-            .map_err(|error| failed(Failure::from(error)))?;
+        let opened = tranship_formats::open_spec(&spec, &options).map_err(|error| {
+            let is_busy = error.kind() == ErrorKind::Busy;
+            let failure = failed(Failure::from(error));
+            let hint = format!("Is another process using the image [{shown}]?");
+            if is_busy { failure.hint(hint) } else { failure }
+        })?;
         let is_guess = spec.format.is_none() && format.is_none() && opened.format == Format::Raw;
         if is_guess && self.writable {
             console.warn_of_guessed_raw(&shown);

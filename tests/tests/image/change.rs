@@ -174,7 +174,10 @@ pub(crate) const ROWS: &[Row] = &[
     says(&[same("create -f vhdx -o block_size=3M q.vhdx 10M"), same("create -f vhdx q.vhdx 65T")]),
     says(&[same("create -f vhdx -o subformat=foo q.vhdx 10M")]),
     makes("q.vpc", &[same("create -f vpc q.vpc 10M")]),
-    says(&[same("create -f vpc -o subformat=fixed q.vpc 10M"), same("info -f vpc q.vpc")]),
+    says(&[
+        same("create -f vpc -o subformat=fixed q.vpc 10M"),
+        same("map --output json -f vpc q.vpc"),
+    ]),
     makes("q.vpc", &[same("create -f vpc -o force_size=on q.vpc 10M")]),
     says(&[same("create -f vpc q.vpc 3T"), same("create -f vpc -o subformat=foo q.vpc 10M")]),
     // resize

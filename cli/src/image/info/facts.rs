@@ -79,6 +79,13 @@ impl Facts {
             specific: None,
             children: vec![file],
         };
+        match layer.format {
+            Format::Vdi | Format::Qed => {
+                facts.cluster_size = Some(layer.disk.device().preferred_block().into());
+            }
+            Format::Parallels => facts.is_dirty = None,
+            _ => {}
+        }
         match &layer.disk {
             _ if layer.format == Format::Qcow2 => facts.add_qcow2(layer)?,
             _ if layer.format == Format::Luks => facts.add_luks(layer)?,
