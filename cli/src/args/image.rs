@@ -13,7 +13,7 @@ pub(crate) use change::{
     AmendArgs, BitmapAction, BitmapArgs, CreateArgs, ResizeArgs, SnapshotArgs,
 };
 pub(crate) use copy::{BenchArgs, CommitArgs, CompactArgs, ConvertArgs, DdArgs, RebaseArgs};
-pub(crate) use copy::{Limit, VerifyArgs};
+pub(crate) use copy::VerifyArgs;
 pub(crate) use look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, MeasureArgs};
 
 use super::{Command, Parsed};
