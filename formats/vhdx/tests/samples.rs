@@ -4,14 +4,19 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{Repair, Result};
-use tranship_format_testing::{digest, exercise, samples};
+use tranship_block::{Repair, Result, Storage, Zeroing};
+use tranship_format_testing::{Op, Sample, apply, contents, digest, exercise, samples, verify};
 use tranship_raw::{Access, RawFile};
-use tranship_vhdx::{OpenOptions, Parent, Vhdx, check, read_data_write_guid, read_parent};
+use tranship_vhdx::{OpenOptions, Parent, Vhdx, check, compact, read_data_write_guid, read_parent};
 
 /// Opens a disk with the parent that lies beside it.
 fn open(path: &Path) -> Result<Vhdx> {
     let file = Arc::new(RawFile::open(path, Access::ReadOnly)?);
+    Vhdx::open_read_only(file, options(path)?)
+}
+
+fn options(path: &Path) -> Result<OpenOptions> {
+    let file = RawFile::open(path, Access::ReadOnly)?;
     let mut options = OpenOptions::default();
     if let Some(wanted) = read_parent(&file)? {
         let beside = path.parent().unwrap().join(wanted.names[0].path());
@@ -19,7 +24,7 @@ fn open(path: &Path) -> Result<Vhdx> {
         let data_write_guid = read_data_write_guid(&parent)?;
         options.parent = Some(Parent { device: Arc::new(open(&beside)?), data_write_guid });
     }
-    Vhdx::open_read_only(file, options)
+    Ok(options)
 }
 
 #[test]
@@ -52,5 +57,39 @@ fn samples_meet_their_expectations() {
             (other, _) => panic!("{name}: unknown expectation {other}"),
         }
         assert!(std::fs::read(&path).unwrap() == before, "{name} was changed by reading");
+    }
+}
+
+#[test]
+fn samples_can_be_changed_and_compacted() {
+    let all = samples();
+    let whole = |sample: &&Sample| {
+        sample.format.as_deref() == Some("vhdx")
+            && sample.expect == "content"
+            && sample.virtual_size == Some(4 << 20)
+    };
+    for sample in all.iter().filter(whole) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = sample.unpack(folder.path(), &all);
+        let mut model = contents(&open(&path).unwrap());
+        let file: Arc<dyn Storage> = Arc::new(RawFile::open(&path, Access::ReadWrite).unwrap());
+        let image = Vhdx::open(file.clone(), options(&path).unwrap()).unwrap();
+        for op in [
+            Op::Write(3_000_001, 70_000, 1),
+            Op::Write(2 << 20, 100, 2),
+            Op::Flush,
+            Op::Discard(0, 4 << 20),
+            Op::Write(1_000_000, 1_000_000, 3),
+            Op::Zero(1_100_000, 50_000, Zeroing::MayUnmap),
+        ] {
+            apply(&image, &mut model, &op);
+        }
+        drop(image);
+        verify(&open(&path).unwrap(), &model);
+        let report = check(&*file, Repair::Nothing).unwrap();
+        assert_eq!(report.corruptions, 0, "{}: {:?}", sample.path, report.details);
+        let compacted = compact(&file).unwrap();
+        eprintln!("{}: {compacted:?}", sample.path);
+        verify(&open(&path).unwrap(), &model);
     }
 }
