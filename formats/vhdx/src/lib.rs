@@ -18,6 +18,7 @@ mod journal;
 mod locator;
 mod log;
 mod metadata;
+mod open;
 mod overlay;
 mod read;
 mod region;
