@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! QCOW2 images: read, write, create, overlays.
+//! QCOW2 images: read, write, create, overlays, and everything that an image keeps beside
+//! its disk.
 //!
 //! [`Header::read`] tells what an image is and which backing file it asks for, without
 //! opening anything else. [`Qcow2`] is the disk inside it, for reading and writing;
-//! [`create`] makes a new one, [`check`] compares its reference counts with its references.
+//! [`create`] makes a new one, [`check`] compares its reference counts with its references
+//! and repairs them.
+//!
+//! What changes an image as a whole works on its file while nobody else has it open:
+//! [`create_snapshot`] and its kind, [`add_bitmap`] and its kind, [`resize`], [`amend`].
 //!
 //! Images are hostile until proven otherwise: every count and offset is checked against
 //! the format's limits and the size of the file before it is used. Writing keeps the

@@ -7,7 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use support::pattern;
 use tranship_block::{BlockDevice, CheckReport, Repair, Storage};
-use tranship_format_testing::{has_tool, qemu_img, qemu_img_status};
+use tranship_format_testing::{has_tool, qemu_img, qemu_img_status, samples};
 use tranship_qcow2::{check, check_read_only};
 use tranship_raw::{Access, RawFile};
 
@@ -118,6 +118,24 @@ fn sound_images_have_the_numbers_that_qemu_gives_them() {
     create.push("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10");
     qemu_img(&create, &[&path, Path::new("2M")]);
     assert!(agree(&path, "encrypted").is_clean());
+}
+
+#[test]
+fn images_of_other_software_have_the_numbers_that_qemu_gives_them() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    let all = samples();
+    let folder = tempfile::tempdir().unwrap();
+    for sample in all.iter().filter(|sample| sample.format.as_deref() == Some("qcow2")) {
+        let path = sample.unpack(folder.path(), &all);
+        // Nobody else can say what numbers a hostile image has; it may not be harmful.
+        if sample.path.starts_with("hostile/") {
+            let _ = check_read_only(&RawFile::open(&path, Access::ReadOnly).unwrap());
+        } else {
+            agree(&path, &sample.path);
+        }
+    }
 }
 
 fn write_by_qemu(path: &Path, commands: &[&str]) {

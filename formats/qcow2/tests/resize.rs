@@ -129,6 +129,43 @@ fn what_a_longer_backing_image_has_does_not_appear() {
 }
 
 #[test]
+fn subclusters_past_the_end_are_hidden_as_qemu_hides_them() {
+    if !has_tool("qemu-img") || !has_tool("qemu-io") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base");
+    std::fs::write(&base, pattern(1 << 20, 7)).unwrap();
+    let (ours, theirs) = (folder.path().join("ours"), folder.path().join("theirs"));
+    for (args, size) in [
+        ("extended_l2=on,cluster_size=16k", 300_544_u64),
+        ("extended_l2=on,cluster_size=64k", 301_056),
+        ("extended_l2=on,cluster_size=16k", 311_296),
+    ] {
+        let text = size.to_string();
+        let backing = ["-b", base.to_str().unwrap(), "-F", "raw"];
+        let mut create = vec!["create", "-q", "-f", "qcow2", "-o", args];
+        create.extend(backing);
+        let _ = std::fs::remove_file(&ours);
+        qemu_img(&create, &[&ours, Path::new(&text)]);
+        let mut command = std::process::Command::new("qemu-io");
+        command.args(["-f", "qcow2", "-c", "write -P 9 270k 20k", "-c", "write 1k 1k"]).arg(&ours);
+        assert!(command.output().unwrap().status.success());
+        std::fs::copy(&ours, &theirs).unwrap();
+        let backing: Option<Arc<dyn BlockDevice>> = Some(file(&base));
+        let with = ResizeOptions { backing, ..ResizeOptions::default() };
+        for grown in [size + 1024, 900_096, 2 << 20] {
+            resize(&file(&ours), grown, &with).unwrap();
+            clean(&*file(&ours));
+            qemu_img(&["check", "-q"], &[&ours]);
+            qemu_img(&["resize", "-q"], &[&theirs, Path::new(&grown.to_string())]);
+            let expected = raw_by_qemu("qcow2", folder.path(), &theirs);
+            assert!(raw_by_qemu("qcow2", folder.path(), &ours) == expected, "{args}: {grown}");
+        }
+    }
+}
+
+#[test]
 fn a_data_file_gets_the_size_of_the_disk() {
     if !has_tool("qemu-img") || !has_tool("qemu-io") {
         return;

@@ -22,13 +22,12 @@ pub(crate) struct References {
 impl References {
     /// Counts `times` references to `cluster`; returns how many there are now.
     pub(crate) fn add(&mut self, cluster: u64, times: u64) -> Result<u64> {
-        if self.pages.len() >= MOST_PAGES && !self.pages.contains_key(&(cluster / PAGE)) {
+        let number = cluster / PAGE;
+        if self.pages.len() >= MOST_PAGES && !self.pages.contains_key(&number) {
             return Err(too_large("more clusters"));
         }
-        let page = self
-            .pages
-            .entry(cluster / PAGE)
-            .or_insert_with(|| vec![0; usize::try_from(PAGE).unwrap_or(0)]);
+        let empty = || vec![0; usize::try_from(PAGE).unwrap_or(0)];
+        let page = self.pages.entry(number).or_insert_with(empty);
         let index = usize::try_from(cluster % PAGE).unwrap_or(0);
         let Some(count) = page.get_mut(index) else { return Ok(0) };
         let before = match *count {
