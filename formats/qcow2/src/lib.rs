@@ -5,7 +5,9 @@
 //! [`Header::read`] tells what an image is and which backing file it asks for, without
 //! opening anything else. [`Qcow2`] is the disk inside it, for reading and writing;
 //! [`create`] makes a new one, [`check`] compares its reference counts with its references
-//! and repairs them.
+//! and repairs them. Who converts a disk uses [`create_for_writing`] or, for compressed
+//! clusters, [`create_packed`]: the image is none before it is finished, and costs less to
+//! write.
 //!
 //! What changes an image as a whole works on its file while nobody else has it open:
 //! [`create_snapshot`] and its kind, [`add_bitmap`] and its kind, [`resize`], [`amend`].
