@@ -162,7 +162,7 @@ fn units_out_of_order_are_refused() {
     let storage = Arc::new(MemoryDevice::new(Vec::new()));
     let target = create_packed(storage, &CreateOptions::new(1 << 20)).unwrap();
     let mut arena = Vec::new();
-    let encoding = target.pack(&[1; 65_536], &mut arena).unwrap();
+    let encoding = target.pack(&vec![1; 65_536], &mut arena).unwrap();
     let unit = PackedUnit { offset: 65_536, len: arena.len(), encoding };
     target.store(&arena, &[unit]).unwrap();
     for offset in [0, 65_536, 131_073, 1 << 20] {
@@ -238,7 +238,7 @@ fn a_freed_cluster_of_streams_is_not_packed_any_further() {
     let mut model = vec![0; 64 << 16];
     for round in 0..8_u8 {
         let at = usize::from(round) << 16;
-        image.write_compressed(at as u64, &[round + 1; 65_536]).unwrap();
+        image.write_compressed(at as u64, &vec![round + 1; 65_536]).unwrap();
         model[at..at + 65_536].fill(round + 1);
         if round % 3 == 0 {
             // The cluster that has all streams goes, and somebody else gets it.
