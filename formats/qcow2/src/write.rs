@@ -241,12 +241,20 @@ impl Qcow2 {
     }
 
     /// Makes the file long enough for the clusters up to `end`, which others gave out: not
-    /// all writers fill the last one.
+    /// all writers fill the file's last one.
     fn reach_to(&self, metadata: &mut Metadata, end: u64) -> Result<()> {
         if self.geometry.external || end <= self.file.size() {
             return Ok(());
         }
         let clusters = self.geometry.clusters_for(end);
+        let last = self.geometry.offset(clusters.saturating_sub(1));
+        if last >= self.file.size() {
+            return Err(Error::corrupt(format!(
+                "cluster at {last:#x} lies past the file's {} bytes: the image is incomplete",
+                self.file.size()
+            ))
+            .at(last));
+        }
         metadata.refcounts.end = metadata.refcounts.end.max(clusters);
         self.reach(metadata)
     }

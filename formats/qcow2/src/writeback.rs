@@ -20,7 +20,7 @@
 use crate::bitmaps::tracking::Tracking;
 use crate::bulk;
 use crate::geometry::to_u64;
-use crate::header::DIRTY;
+use crate::header::{DIRTY, Encryption};
 use crate::image::Qcow2;
 use crate::metadata::{Metadata, Run};
 use crate::refcounts::{SECTOR_ENTRIES, to_bytes};
@@ -105,6 +105,9 @@ impl Qcow2 {
         claim("L1 table", header.l1_table_offset, l1_bytes)?;
         let table_bytes = geometry.offset(u64::from(header.refcount_table_clusters));
         claim("refcount table", header.refcount_table_offset, table_bytes)?;
+        if let Some(Encryption::Luks { offset, len }) = header.encryption() {
+            claim("LUKS header", offset, len)?;
+        }
         let (snapshots, bytes) = snapshots::read(&self.file, header)?;
         claim("snapshot table", header.snapshots_offset, bytes)?;
         for snapshot in &snapshots {

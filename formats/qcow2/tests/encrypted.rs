@@ -47,9 +47,16 @@ fn image(method: u32, extended_l2: bool) -> Arc<MemoryDevice> {
     create(&*storage, &options).unwrap();
     storage.write_at(&method.to_be_bytes(), 32).unwrap();
     if method == 2 {
+        // Behind everything else, and counted.
+        let end = storage.size();
+        storage.set_len(end + (1 << 14)).unwrap();
+        let mut block = [0; 8];
+        storage.read_at(&mut block, 1 << 14).unwrap();
+        let block = u64::from_be_bytes(block);
+        storage.write_at(&1_u16.to_be_bytes(), block + 2 * (end >> 14)).unwrap();
         let mut extension = 0x0537_be77_u32.to_be_bytes().to_vec();
         extension.extend(16_u32.to_be_bytes());
-        extension.extend((1_u64 << 14).to_be_bytes());
+        extension.extend(end.to_be_bytes());
         extension.extend(100_u64.to_be_bytes());
         extension.extend([0; 8]);
         storage.write_at(&extension, 112).unwrap();
@@ -63,11 +70,19 @@ fn open(storage: &Arc<MemoryDevice>) -> Qcow2 {
 }
 
 #[test]
+fn a_luks_header_is_never_written_as_payload() {
+    let storage = image(2, false);
+    storage.write_at(&(1_u64 << 14).to_be_bytes(), 120).unwrap();
+    let error = open(&storage).write_at(&[1], 0).unwrap_err();
+    assert!(error.message().contains("shares cluster 1"), "{error}");
+}
+
+#[test]
 fn without_a_key_it_is_refused_and_says_how_it_is_encrypted() {
-    for (method, expected) in
-        [(1, Encryption::Aes), (2, Encryption::Luks { offset: 1 << 14, len: 100 })]
-    {
+    for method in [1, 2] {
         let storage = image(method, false);
+        let luks = Encryption::Luks { offset: storage.size() - (1 << 14), len: 100 };
+        let expected = if method == 1 { Encryption::Aes } else { luks };
         assert_eq!(Header::read(&*storage).unwrap().encryption(), Some(expected));
         let error = Qcow2::open(storage, OpenOptions::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
