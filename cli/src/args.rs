@@ -47,7 +47,7 @@ pub(crate) enum Command {
     /// Look after the small virtual machine that opens the guests' disks
     Appliance(ApplianceArgs),
     /// Look at, make, check and copy disk images, with qemu-img's commands
-    Image(ImageArgs),
+    Image(Box<ImageArgs>),
     /// Print a script that completes command lines
     Completions {
         /// The shell that it is for
@@ -163,7 +163,9 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => {
             match matches.subcommand() {
                 Some(("shell", options)) => ShellArgs::with_drives(options).map(Command::Shell),
-                Some(("image", options)) => image::from_matches(options).map(Command::Image),
+                Some(("image", options)) => {
+                    image::from_matches(options).map(|args| Command::Image(Box::new(args)))
+                }
                 _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
             }
         }

@@ -10,7 +10,10 @@ use tranship_linux::Blocker;
 
 /// A failure with its causes, everything that has to be remedied, and what helps.
 #[derive(Debug)]
-pub(crate) struct Failure {
+pub(crate) struct Failure(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     kind: ErrorKind,
     message: String,
     causes: Vec<String>,
@@ -26,7 +29,7 @@ pub(crate) struct Failure {
 impl Failure {
     /// A failure of `kind` that says `message`.
     pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Inner {
             kind,
             message: message.into(),
             causes: Vec::new(),
@@ -35,7 +38,7 @@ impl Failure {
             shown: false,
             code: None,
             command: None,
-        }
+        }))
     }
 
     /// The command line is wrong.
@@ -51,7 +54,7 @@ impl Failure {
     /// The same with something that helps.
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hints.push(hint.into());
+        self.0.hints.push(hint.into());
         self
     }
 
@@ -62,8 +65,8 @@ impl Failure {
         while let Some(cause) = next {
             let text = cause.to_string();
             // Some errors repeat their source in their own text.
-            if !self.causes.last().is_some_and(|last: &String| last.ends_with(&text)) {
-                self.causes.push(text);
+            if !self.0.causes.last().is_some_and(|last: &String| last.ends_with(&text)) {
+                self.0.causes.push(text);
             }
             next = cause.source();
         }
@@ -73,66 +76,66 @@ impl Failure {
     /// The same as the cause of something that says `message`.
     #[must_use]
     pub(crate) fn within(mut self, message: impl Into<String>) -> Self {
-        self.causes.insert(0, std::mem::replace(&mut self.message, message.into()));
+        self.0.causes.insert(0, std::mem::replace(&mut self.0.message, message.into()));
         self
     }
 
     /// The same, with what it is about in front.
     #[must_use]
     pub(crate) fn about(mut self, what: &str) -> Self {
-        self.message = format!("{what}: {}", self.message);
+        self.0.message = format!("{what}: {}", self.0.message);
         self
     }
 
     /// The same with this exit code, unless it has one of its own.
     #[must_use]
     pub(crate) fn exiting_with(mut self, code: u8) -> Self {
-        self.code.get_or_insert(code);
+        self.0.code.get_or_insert(code);
         self
     }
 
     /// The same, reported by one of the program's commands.
     #[must_use]
     pub(crate) fn of_command(mut self, command: impl Into<String>) -> Self {
-        self.command = Some(command.into());
+        self.0.command = Some(command.into());
         self
     }
 
     /// The same, but somebody has printed it already.
     #[must_use]
     pub(crate) fn already_shown(mut self) -> Self {
-        self.shown = true;
+        self.0.shown = true;
         self
     }
 
     /// The first line.
     pub(crate) fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 
     /// What kind of failure it is.
     pub(crate) fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 
     /// The exit code. Whatever fails after a signal fails because of it, though it may look
     /// like something else from inside.
     pub(crate) fn exit_code(&self) -> u8 {
-        signals::exit_code().or(self.code).unwrap_or_else(|| self.kind.exit_code())
+        signals::exit_code().or(self.0.code).unwrap_or_else(|| self.0.kind.exit_code())
     }
 
     /// All of it, one fact a line, after `program`'s name.
     pub(crate) fn render(&self, program: &str) -> String {
-        let mut text = format!("{program}: error: {}\n", self.message);
-        for cause in &self.causes {
+        let mut text = format!("{program}: error: {}\n", self.0.message);
+        for cause in &self.0.causes {
             let cause = cause.replace('\n', "\n  ");
             let _ = writeln!(text, "caused by: {cause}");
         }
-        for (code, what, remedy) in &self.blockers {
+        for (code, what, remedy) in &self.0.blockers {
             let _ = writeln!(text, "blocked [{code}]: {what}");
             let _ = writeln!(text, "  remedy: {remedy}");
         }
-        for hint in &self.hints {
+        for hint in &self.0.hints {
             let _ = writeln!(text, "hint: {hint}");
         }
         text
@@ -144,14 +147,17 @@ impl Failure {
         if personality != Personality::QemuImg {
             return self.render(program);
         }
-        let command = self.command.iter().map(|name| format!(" {name}")).collect::<String>();
-        let mut text = format!("{program}{command}: {}", self.message);
-        for cause in &self.causes {
+        let mut text = program.to_owned();
+        if let Some(command) = &self.0.command {
+            let _ = write!(text, " {command}");
+        }
+        let _ = write!(text, ": {}", self.0.message);
+        for cause in &self.0.causes {
             // The number means nothing to those who read the words.
             let cause = cause.split(" (os error ").next().unwrap_or(cause);
             let _ = write!(text, ": {cause}");
         }
-        for hint in &self.hints {
+        for hint in &self.0.hints {
             let _ = write!(text, "\n{hint}");
         }
         text.push('\n');
@@ -160,24 +166,24 @@ impl Failure {
 
     /// Prints it on standard error.
     pub(crate) fn print(&self, personality: Personality) {
-        if !self.shown {
+        if !self.0.shown {
             stdout::complain(self.render_for(personality).trim_end());
         }
     }
 
     /// Everything that has to be remedied: code, what is wrong, what to do.
     pub(crate) fn blockers(&self) -> &[(String, String, String)] {
-        &self.blockers
+        &self.0.blockers
     }
 
     /// The chain of causes.
     pub(crate) fn causes(&self) -> &[String] {
-        &self.causes
+        &self.0.causes
     }
 
     /// What helps.
     pub(crate) fn hints(&self) -> &[String] {
-        &self.hints
+        &self.0.hints
     }
 }
 
@@ -191,8 +197,8 @@ fn with_source(mut failure: Failure, error: &dyn StdError) -> Failure {
 impl From<tranship_convert::Error> for Failure {
     fn from(error: tranship_convert::Error) -> Self {
         let mut failure = with_source(Self::new(error.kind(), error.to_string()), &error);
-        failure.hints.extend(error.remedy().map(ToOwned::to_owned));
-        failure.blockers = error
+        failure.0.hints.extend(error.remedy().map(ToOwned::to_owned));
+        failure.0.blockers = error
             .blockers()
             .iter()
             .map(|Blocker { code, what, remedy, .. }| {
@@ -214,7 +220,7 @@ impl From<tranship_appliance::Error> for Failure {
             _ => ErrorKind::Conversion,
         };
         let mut failure = with_source(Self::new(kind, error.to_string()), &error);
-        failure.hints.extend(error.remedy().map(ToOwned::to_owned));
+        failure.0.hints.extend(error.remedy().map(ToOwned::to_owned));
         failure
     }
 }
@@ -229,7 +235,7 @@ impl From<tranship_appliance_image::Error> for Failure {
             _ => ErrorKind::Transient,
         };
         let mut failure = with_source(Self::new(kind, error.to_string()), &error);
-        failure.hints.extend(error.what_helps().map(ToOwned::to_owned));
+        failure.0.hints.extend(error.what_helps().map(ToOwned::to_owned));
         failure
     }
 }

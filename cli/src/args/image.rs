@@ -12,8 +12,8 @@ mod look;
 pub(crate) use change::{
     AmendArgs, BitmapAction, BitmapArgs, CreateArgs, ResizeArgs, SnapshotArgs,
 };
-pub(crate) use copy::{BenchArgs, CommitArgs, CompactArgs, ConvertArgs, DdArgs, RebaseArgs};
 pub(crate) use copy::VerifyArgs;
+pub(crate) use copy::{BenchArgs, CommitArgs, CompactArgs, ConvertArgs, DdArgs, RebaseArgs};
 pub(crate) use look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, MeasureArgs};
 
 use super::{Command, Parsed};
@@ -141,7 +141,7 @@ pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
     let args =
         as_qemu_img(name).try_get_matches_from(words).and_then(|matches| from_matches(&matches));
     match args {
-        Ok(args) => Ok(Parsed::Command(Command::Image(args))),
+        Ok(args) => Ok(Parsed::Command(Command::Image(Box::new(args)))),
         Err(error) => match error.kind() {
             ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
                 Ok(Parsed::Text(error.render().to_string()))

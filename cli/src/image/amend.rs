@@ -22,9 +22,8 @@ pub(crate) fn run(args: &AmendArgs, console: Console) -> Result<u8, Failure> {
     if let (true, Some(format), []) = (asks, format, args.names.as_slice()) {
         return help(source::format_named(format)?);
     }
-    let name = match args.names.as_slice() {
-        [name] => name,
-        _ => return Err(Failure::usage("Expecting one image file name")),
+    let [name] = args.names.as_slice() else {
+        return Err(Failure::usage("Expecting one image file name"));
     };
     let direct = source::cache(args.cache.as_deref(), "")?;
     let opening = Opening { direct, ..Opening::writing(&args.naming, format) };
@@ -38,9 +37,9 @@ pub(crate) fn run(args: &AmendArgs, console: Console) -> Result<u8, Failure> {
     let progress = Progress::start(args.progress && !args.quiet);
     let outcome = amend(&source, &options, args, console);
     if outcome.is_ok() {
-        progress.finish()
+        progress.finish();
     } else {
-        progress.end()
+        progress.end();
     }
     outcome.map(|()| 0)
 }

@@ -36,8 +36,8 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         Side { device: &*second.opened.device, name: &second.name },
     ];
     let say = |text: &str| if args.quiet { Ok(()) } else { stdout::print(text) };
-    let sizes = sides.map(|side| side.size());
-    let [common, end] = [sizes[0].min(sizes[1]), sizes[0].max(sizes[1])];
+    let both = sides.map(|side| side.size());
+    let [common, end] = [both[0].min(both[1]), both[0].max(both[1])];
     if common != end && args.strict {
         say("Strict mode: Image size mismatch!\n")?;
         progress.end();
@@ -56,12 +56,11 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         say("Warning: Image size mismatch!\n")?;
         found = search(common, end)?;
     }
-    match found {
-        Some(offset) => say(&format!("Content mismatch at offset {offset}!\n"))?,
-        None => {
-            progress.set(1, 1);
-            say("Images are identical.\n")?;
-        }
+    if let Some(offset) = found {
+        say(&format!("Content mismatch at offset {offset}!\n"))?;
+    } else {
+        progress.set(1, 1);
+        say("Images are identical.\n")?;
     }
     progress.end();
     Ok(u8::from(found.is_some()))

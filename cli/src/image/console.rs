@@ -41,7 +41,7 @@ impl Console {
     }
 
     /// The warning about writing to a disk whose format was guessed to be raw.
-    pub(crate) fn warn_of_guessed_raw(self, name: &str) {
+    pub(crate) fn warn_of_guessed_raw(name: &str) {
         stdout::complain(&format!(
             "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
              A guest can make a raw disk look like any format: give the format with -f raw\n         \
@@ -120,7 +120,7 @@ fn next_line(state: &mut State, is_shown: bool, asked: bool) -> Option<String> {
             state.now >= printed.saturating_add(100) || (state.now == WHOLE && printed != WHOLE)
         }
     };
-    if !asked && !(is_shown && due) {
+    if !(asked || is_shown && due) {
         return None;
     }
     state.printed = Some(state.now);

@@ -232,11 +232,6 @@ impl Wish<'_> {
 }
 
 impl Plan {
-    /// The format of the new image.
-    pub(crate) fn format(&self) -> Format {
-        self.format
-    }
-
     /// What is said before anything happens.
     pub(crate) fn announcement(&self, name: &str) -> String {
         format!("Formatting '{name}', fmt={} {}\n", self.format, self.options.shown())

@@ -42,11 +42,13 @@ pub(crate) fn run(args: &InfoArgs, console: Console) -> Result<u8, Failure> {
         Output::Human => facts.iter().map(human).collect::<Vec<_>>().join("\n"),
         Output::Json => {
             let mut all: Vec<Json> = facts.iter().map(|facts| Json::from(json(facts))).collect();
-            let value = match args.backing_chain {
-                true => Json::List(all),
-                false => all.pop().unwrap_or(Json::List(Vec::new())),
-            };
-            value.pretty()
+            match all.pop() {
+                Some(only) if !args.backing_chain => only.pretty(),
+                last => {
+                    all.extend(last);
+                    Json::List(all).pretty()
+                }
+            }
         }
     };
     stdout::print(&text)?;

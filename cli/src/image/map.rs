@@ -15,6 +15,8 @@ use tranship_formats::{Disk, Format, Layer};
 const PIECE: usize = 64 << 10;
 
 /// Bytes of the disk that are in the same state.
+// The same facts as in the output.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     start: u64,

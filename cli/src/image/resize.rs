@@ -44,23 +44,23 @@ pub(crate) fn run(args: &ResizeArgs, console: Console) -> Result<u8, Failure> {
         drop(source);
         source = opening.open(name, console)?;
     }
-    let old = size_of(&source)?.next_multiple_of(512);
+    let present = size_of(&source)?.next_multiple_of(512);
     let new = match size {
         Size::To(size) => Some(size),
-        Size::By(more) => old.checked_add(more),
-        Size::Less(less) => old.checked_sub(less),
+        Size::By(more) => present.checked_add(more),
+        Size::Less(less) => present.checked_sub(less),
     };
     let new = new
         .filter(|size| (1..=i64::MAX as u64).contains(size))
         .ok_or_else(|| Failure::usage("New image size must be positive"))?;
-    if new <= old && mode != "off" {
+    if new <= present && mode != "off" {
         return Err(Failure::usage("Preallocation can only be used for growing images"));
     }
-    if new < old && !args.shrink {
+    if new < present && !args.shrink {
         console.warn(LOSS);
         return Err(Failure::usage("Use the --shrink option to perform a shrink operation."));
     }
-    let change = Change { old, new, mode };
+    let change = Change { old: present, new, mode };
     resize(&source, &args.naming, change, console)?;
     if !args.quiet {
         stdout::print("Image resized.\n")?;

@@ -116,10 +116,10 @@ fn three_digits(value: f64) -> String {
     if text == "1000" {
         return "1e+03".to_owned();
     }
-    match text.contains('.') {
-        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
-        false => text,
+    if text.contains('.') {
+        return text.trim_end_matches('0').trim_end_matches('.').to_owned();
     }
+    text
 }
 
 #[cfg(test)]

@@ -200,7 +200,7 @@ mod tests {
             vm_clock_nanoseconds: 3_723_004_000_000,
             icount: None,
         };
-        let text = table(&[snapshot.clone()]);
+        let text = table(std::slice::from_ref(&snapshot));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "Snapshot list:");
         assert_eq!(

@@ -14,6 +14,8 @@ use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust}
 use tranship_qcow2::{Qcow2, Snapshot};
 
 /// How an image is opened.
+// Every one of them is a switch of its own on the command line.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Opening<'a> {
     /// What all images of the command have in common.
@@ -152,7 +154,7 @@ impl<'a> Opening<'a> {
         };
         source.opened.format = layer.format;
         if self.writable && given.is_none() && layer.format == Format::Raw {
-            console.warn_of_guessed_raw(&shown);
+            Console::warn_of_guessed_raw(&shown);
         }
         Ok(source)
     }
@@ -197,7 +199,7 @@ impl<'a> Opening<'a> {
         })?;
         let is_guess = spec.format.is_none() && format.is_none() && opened.format == Format::Raw;
         if is_guess && self.writable {
-            console.warn_of_guessed_raw(&shown);
+            Console::warn_of_guessed_raw(&shown);
         }
         // Whoever only reads a raw disk is not bothered, as by qemu-img.
         let is_bother = |text: &&String| is_guess && text.contains("nothing was recognised");

@@ -205,9 +205,9 @@ pub(crate) struct AmendArgs {
     /// What is changed, as NAME=VALUE,NAME=VALUE; `-o help` lists them. Can be repeated
     #[arg(short, long, value_name = "OPTIONS", allow_hyphen_values = true)]
     pub(crate) options: Vec<String>,
-    /// Allow changes that can make the image unreadable
-    #[arg(long)]
-    pub(crate) force: bool,
+    /// Nothing that can be changed needs it; scripts pass it for what qemu-img can do
+    #[arg(long, hide = true)]
+    force: bool,
     /// Print errors only
     #[arg(short, long)]
     pub(crate) quiet: bool,

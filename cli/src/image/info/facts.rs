@@ -127,7 +127,7 @@ impl Facts {
                 "compression-type",
                 match header.compression {
                     Compression::Zstd => "zstd",
-                    _ => "zlib",
+                    Compression::Deflate => "zlib",
                 },
             )
             .set("refcount-bits", 1_u32 << header.refcount_order);
