@@ -47,8 +47,8 @@ pub(crate) fn run(args: &ResizeArgs, console: Console) -> Result<u8, Failure> {
     let present = size_of(&source)?.next_multiple_of(512);
     let new = match size {
         Size::To(size) => Some(size),
-        Size::By(more) => present.checked_add(more),
-        Size::Less(less) => present.checked_sub(less),
+        Size::By(step) => present.checked_add(step),
+        Size::Less(step) => present.checked_sub(step),
     };
     let new = new
         .filter(|size| (1..=i64::MAX as u64).contains(size))

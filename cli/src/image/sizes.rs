@@ -63,15 +63,18 @@ fn unsigned(text: &str) -> Result<u64, SizeError> {
     whole.checked_mul(unit).and_then(|bytes| bytes.checked_add(part)).ok_or(SizeError::OutOfRange)
 }
 
-/// The whole bytes in the fraction of a unit that the digits after the point mean.
+/// The whole bytes in the fraction of a unit that the digits after the point mean: exactly
+/// those that qemu-img gets, which calculates in floating point.
 fn part_of(digits: &str, unit: u64) -> u64 {
-    // No unit needs more digits: 10^18 is just less than 2^60.
-    let (mut numerator, mut denominator) = (0_u128, 1_u128);
-    for digit in digits.bytes().take(18) {
-        numerator = numerator * 10 + u128::from(digit.wrapping_sub(b'0'));
-        denominator *= 10;
-    }
-    u64::try_from(numerator * u128::from(unit) / denominator).unwrap_or(u64::MAX)
+    let fraction: f64 = format!("0.{digits}").parse().unwrap_or(0.0);
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "units are powers of two, and a fraction of one is never negative"
+    )]
+    let part = (fraction * unit as f64) as u64;
+    part
 }
 
 fn unit(letter: char) -> Option<u64> {

@@ -203,7 +203,12 @@ fn state(folder: &Path) -> Vec<String> {
         .map(|entry| {
             let entry = entry.unwrap();
             let facts = entry.metadata().unwrap();
-            format!("{:?} {} {:?}", entry.file_name(), facts.len(), facts.modified().unwrap())
+            format!(
+                "{} {} {:?}",
+                entry.file_name().display(),
+                facts.len(),
+                facts.modified().unwrap()
+            )
         })
         .collect();
     files.sort();
