@@ -246,7 +246,7 @@ impl Plan {
     pub(crate) fn carry_out(&self, console: Console) -> Result<(), Failure> {
         let what = build::build(self.format, &self.options, &self.spec, console)?;
         if let (Place::File(path), Some(true)) = (&self.spec.place, self.options.switch("nocow")) {
-            build::write_in_place(path)?;
+            build::write_in_place(path, console)?;
         }
         tranship_formats::create(&self.spec, &what)
             .map_err(|error| Failure::from(error).within("Could not create the image"))

@@ -6,6 +6,8 @@ use crate::failure::Failure;
 use crate::image::console::Console;
 use crate::image::options::Options;
 use crate::image::source;
+use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use tranship_block::Storage;
@@ -201,7 +203,23 @@ fn data_file(image: &Path, name: &str, size: u64) -> Result<Arc<dyn Storage>, Fa
     Ok(Arc::new(RawFile::open(&path, Access::ReadWrite)?))
 }
 
-/// Makes the empty file `path` one that btrfs does not copy on writing.
-pub(super) fn write_in_place(path: &Path) -> Result<(), Failure> {
-    Err(Failure::usage(format!("nocow cannot be set for {}", path.display())))
+/// Makes the file `path` empty and one that btrfs does not copy on writing, which it only
+/// can while it is empty.
+pub(super) fn write_in_place(path: &Path, console: Console) -> Result<(), Failure> {
+    match std::fs::metadata(path) {
+        Ok(facts) if !facts.is_file() => return Ok(()),
+        _ => {}
+    }
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .map_err(|error| Failure::usage("Could not create the image").because(&error))?;
+    let set = ioctl_getflags(&file).and_then(|flags| ioctl_setflags(&file, flags | IFlags::NOCOW));
+    if let Err(error) = set {
+        console.warn(&format!("nocow has no effect on this filesystem: {error}"));
+    }
+    Ok(())
 }
