@@ -392,6 +392,11 @@ impl Storage for RawFile {
                 .in_file(&self.path))
             };
         }
+        if len == self.len() {
+            // Cutting even nothing off makes ext4 write all of the file out when it is
+            // closed, since it takes that for an old file that is replaced.
+            return Ok(());
+        }
         self.change(|| {
             rustix::fs::ftruncate(&self.file, len).map_err(|errno| {
                 Error::io(format!("cannot set the length to {len} bytes"), errno.into())

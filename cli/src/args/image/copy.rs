@@ -134,7 +134,7 @@ pub(crate) struct ConvertArgs {
     /// Pieces that are copied at the same time, 1 to 16
     #[arg(short = 'm', long, value_name = "N", allow_hyphen_values = true, help_heading = "Work")]
     pub(crate) parallel: Option<String>,
-    /// Write pieces in any order
+    /// Write pieces in any order, which is always done: for callers of qemu-img
     #[arg(short = 'W', long, help_heading = "Work")]
     pub(crate) oob_writes: bool,
     /// Let the system copy between files where it can

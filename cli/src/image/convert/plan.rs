@@ -40,10 +40,8 @@ impl Plan {
         refuse_contradictions(args, list.is_some())?;
         let cache = args.target_cache.as_deref().unwrap_or("unsafe");
         let mut copying = CopyOptions {
-            chunk: 2 << 20,
             zero_block: if args.copy_range_offloading { 0 } else { zero_block },
             allocate: args.sparse_size.is_some() && zero_block == 0,
-            ordered: !args.oob_writes,
             salvage: args.reading.salvage,
             offload: args.copy_range_offloading,
             hash: args.hash.as_ref().map(|_| HASH_CHUNK),
