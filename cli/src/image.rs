@@ -5,22 +5,29 @@
 //! lists of [`options`], [`secrets`], opening a [`source`], [`json`], and the [`console`].
 
 mod amend;
+mod bench;
 mod bitmap;
 mod check;
+mod commit;
+mod compact;
 mod compare;
 mod console;
 mod convert;
 mod create;
+mod dd;
 mod info;
 mod json;
 mod map;
 mod measure;
 mod options;
+mod pieces;
+mod rebase;
 mod resize;
 mod secrets;
 mod sizes;
 mod snapshot;
 mod source;
+mod verify;
 
 use crate::args::ImageArgs;
 use crate::args::image::ImageCommand;
@@ -34,22 +41,22 @@ pub(crate) fn run(personality: Personality, args: &ImageArgs) -> Result<u8, Fail
     let console = Console::new(personality);
     let outcome = match &args.command {
         ImageCommand::Amend(args) => amend::run(args, console),
+        ImageCommand::Bench(args) => bench::run(args, console),
         ImageCommand::Bitmap(args) => bitmap::run(args, console),
         ImageCommand::Check(args) => check::run(args, console),
+        ImageCommand::Commit(args) => commit::run(args, console),
+        ImageCommand::Compact(args) => compact::run(args, console),
         ImageCommand::Compare(args) => compare::run(args, console),
         ImageCommand::Convert(args) => convert::run(args, console),
         ImageCommand::Create(args) => create::run(args, console),
+        ImageCommand::Dd(args) => dd::run(args, console),
         ImageCommand::Info(args) => info::run(args, console),
         ImageCommand::Map(args) => map::run(args, console),
         ImageCommand::Measure(args) => measure::run(args, console),
+        ImageCommand::Rebase(args) => rebase::run(args, console),
         ImageCommand::Resize(args) => resize::run(args, console),
         ImageCommand::Snapshot(args) => snapshot::run(args, console),
-        ImageCommand::Bench(_)
-        | ImageCommand::Commit(_)
-        | ImageCommand::Compact(_)
-        | ImageCommand::Dd(_)
-        | ImageCommand::Rebase(_)
-        | ImageCommand::Verify(_) => Err(Failure::usage("this command is not there yet")),
+        ImageCommand::Verify(args) => verify::run(args, console),
     };
     outcome.map_err(|failure| failure.exiting_with(1))
 }

@@ -13,6 +13,7 @@ use crate::args::image::{ConvertArgs, Naming};
 use crate::failure::Failure;
 use crate::signals;
 use plan::Plan;
+pub(crate) use plan::rate;
 use resume::State;
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
@@ -179,7 +180,9 @@ impl Job<'_> {
         let Place::File(path) = wished.spec.place.clone() else {
             return Err(named(Failure::usage("a new image can only be made in a file")));
         };
-        self.refuse_own_source(&path).map_err(named)?;
+        for source in self.sources {
+            source.refuse_as_target(&path).map_err(named)?;
+        }
         let staged = Staged::begin(&path, args.resume).map_err(|error| named(error.into()))?;
         let what = wished.what(self.console).map_err(named)?;
         let backing = self.backing(&path)?;
@@ -227,17 +230,6 @@ impl Job<'_> {
         }
         staged.publish()?;
         watch.finish(copied, self.console)
-    }
-
-    /// A copy onto one of its own sources would read what it has just written.
-    fn refuse_own_source(&self, target: &std::path::Path) -> Result<(), Failure> {
-        let Ok(target) = target.canonicalize() else { return Ok(()) };
-        let mut layers = self.sources.iter().flat_map(|source| &source.opened.chain);
-        if layers.any(|(path, _)| path.canonicalize().is_ok_and(|path| path == target)) {
-            let question = format!("Is another process using the image [{}]?", target.display());
-            return Err(Failure::usage("Failed to get \"write\" lock").hint(question));
-        }
-        Ok(())
     }
 
     /// What the new image is based on, for reading.

@@ -33,6 +33,17 @@ pub(crate) fn parse(text: &str) -> Result<u64, SizeError> {
     if bytes > LARGEST { Err(SizeError::OutOfRange) } else { Ok(bytes) }
 }
 
+/// The number that `text` means, which is none of bytes: without suffixes and fractions.
+pub(crate) fn parse_number(text: &str) -> Result<u64, SizeError> {
+    let number = parse(text)?;
+    let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let digits = text.trim_start().trim_start_matches(['+', '-']);
+    match is_plain(digits) || digits.starts_with("0x") || digits.starts_with("0X") {
+        true => Ok(number),
+        false => Err(SizeError::Invalid),
+    }
+}
+
 fn unsigned(text: &str) -> Result<u64, SizeError> {
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {

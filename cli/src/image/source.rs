@@ -76,6 +76,21 @@ impl Source {
         })
     }
 
+    /// A copy onto one of its own sources would read what it has just written.
+    ///
+    /// # Errors
+    ///
+    /// `target` is one of the files that this disk consists of.
+    pub(crate) fn refuse_as_target(&self, target: &Path) -> Result<(), Failure> {
+        let Ok(target) = target.canonicalize() else { return Ok(()) };
+        let mut layers = self.opened.chain.iter();
+        if layers.any(|(path, _)| path.canonicalize().is_ok_and(|path| path == target)) {
+            let question = format!("Is another process using the image [{}]?", target.display());
+            return Err(Failure::usage("Failed to get \"write\" lock").hint(question));
+        }
+        Ok(())
+    }
+
     fn snapshot(
         &self,
         layer: &Layer,
@@ -166,7 +181,12 @@ impl<'a> Opening<'a> {
         Ok(())
     }
 
-    fn open_spec(
+    /// Opens the image that `spec` names, which is called `shown` in messages.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::open`].
+    pub(crate) fn open_spec(
         &self,
         shown: String,
         spec: Spec,
@@ -209,7 +229,8 @@ impl<'a> Opening<'a> {
         Ok(Source { name: shown, spec, opened })
     }
 
-    fn spec(&self, name: &OsStr) -> Result<Spec, Failure> {
+    /// What `name` means.
+    pub(crate) fn spec(&self, name: &OsStr) -> Result<Spec, Failure> {
         let spec = match (name.to_str(), self.naming.image_opts) {
             (Some(text), true) => Spec::from_options(text)?,
             (Some(text), false) => Spec::from_name(text)?,

@@ -47,6 +47,7 @@ mod repair;
 mod resize;
 mod shape;
 mod snapshots;
+mod space;
 mod write;
 mod writeback;
 mod zero;
@@ -64,6 +65,7 @@ pub use measure::{MeasureOptions, Measured, measure, measure_bitmaps};
 pub use packed::{PackedQcow2, create_packed};
 pub use repair::{rebuild_refcounts, repair_leaks};
 pub use resize::{ResizeOptions, resize};
+pub use space::{empty, give_back};
 pub use snapshots::{
     Snapshot, apply_snapshot, create_snapshot, delete_snapshot, snapshot_view, snapshots,
 };

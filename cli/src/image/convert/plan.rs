@@ -3,7 +3,8 @@
 
 use crate::args::image::ConvertArgs;
 use crate::failure::Failure;
-use crate::image::{options, sizes, source};
+use crate::image::sizes::{self, SizeError};
+use crate::image::{options, source};
 use std::num::NonZeroU64;
 use tranship_block::{CopyOptions, Rate};
 
@@ -50,7 +51,7 @@ impl Plan {
         if let Some(threads) = threads {
             copying.threads = threads;
         }
-        let rate = args.limit.limit_rate.as_deref().map(rate).transpose()?;
+        let rate = args.limit.limit_rate.as_deref().map(rate).transpose()?.flatten();
         Ok(Self {
             list,
             wants_help,
@@ -62,12 +63,19 @@ impl Plan {
     }
 }
 
-/// Bytes per second.
-pub(crate) fn rate(text: &str) -> Result<Rate, Failure> {
-    let bytes = sizes::parse(text).ok().and_then(NonZeroU64::new).ok_or_else(|| {
-        Failure::usage(format!("rate is '{text}', expected bytes per second such as 50M"))
-    })?;
-    Ok(Rate { bytes: Some(bytes), operations: None })
+/// Bytes per second; 0 is no limit.
+pub(crate) fn rate(text: &str) -> Result<Option<Rate>, Failure> {
+    match sizes::parse(text) {
+        Ok(rate) => Ok(NonZeroU64::new(rate)
+            .map(|bytes| Rate { bytes: Some(bytes), operations: None })),
+        Err(SizeError::Invalid) => {
+            Err(Failure::usage(format!("Invalid rate limit specified: '{text}'.")))
+        }
+        Err(SizeError::OutOfRange) => Err(Failure::usage(format!(
+            "Invalid rate limit specified. Must be between 0 and {}.",
+            i64::MAX
+        ))),
+    }
 }
 
 fn sparse(text: &str) -> Result<u64, Failure> {
