@@ -63,10 +63,9 @@ pub(crate) fn run(args: &CompactArgs, console: Console) -> Result<u8, Failure> {
         stdout::print(&format!("trimmed: {} of the filesystems\n", sizes::display(bytes)))?;
     }
     let after = Space::of(&path)?;
-    for (what, before, after) in [
-        ("file length", before.len, after.len),
-        ("disk size", before.allocated, after.allocated),
-    ] {
+    for (what, before, after) in
+        [("file length", before.len, after.len), ("disk size", before.allocated, after.allocated)]
+    {
         let (shown, now) = (sizes::display(before), sizes::display(after));
         stdout::print(&format!("{what}: {shown} before, {now} after\n"))?;
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `image convert`: copies images to a new one of any format.
 
+mod hash;
 mod plan;
 mod resume;
 mod watch;
@@ -12,6 +13,7 @@ use super::source::{self, Opening, Source};
 use crate::args::image::{ConvertArgs, Naming};
 use crate::failure::Failure;
 use crate::signals;
+pub(crate) use hash::write_hashes;
 use plan::Plan;
 pub(crate) use plan::rate;
 use resume::State;

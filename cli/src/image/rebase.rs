@@ -83,14 +83,16 @@ impl Job<'_> {
             Some(backing) => {
                 let found = self.look_at(&path, backing)?;
                 let place = found.opened.path.canonicalize().ok();
-                let is_same = |layer: &Layer| place.is_some() && place == layer.path.canonicalize().ok();
+                let is_same =
+                    |layer: &Layer| place.is_some() && place == layer.path.canonicalize().ok();
                 spec.backing = Below::Given(Box::new(found.spec));
                 layers.iter().position(is_same)
             }
         };
         // An image that is written is only guessed to be raw if its user is told.
         spec.format = Some(Format::Qcow2);
-        let image = Opening { format: None, ..self.opening }.open_spec(name, spec, None, self.console)?;
+        let image =
+            Opening { format: None, ..self.opening }.open_spec(name, spec, None, self.console)?;
         let mut layers = image.opened.layers.into_iter();
         let layer = layers.next();
         drop(image.opened.device);
@@ -162,8 +164,7 @@ impl Job<'_> {
     fn store(&self, storage: &dyn Storage, backing: Option<Backing>) -> Result<(), Failure> {
         tranship_qcow2::change_backing(storage, backing).map_err(|error| {
             let name = self.args.backing.as_deref().unwrap_or_default();
-            Failure::from(error)
-                .within(format!("Could not change the backing file to '{name}'"))
+            Failure::from(error).within(format!("Could not change the backing file to '{name}'"))
         })
     }
 

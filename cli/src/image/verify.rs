@@ -2,6 +2,7 @@
 //! `image verify`: whether an image still holds what its hashes were made of.
 
 use super::console::{Console, Progress};
+use super::convert;
 use super::source::{self, Opening};
 use crate::args::image::VerifyArgs;
 use crate::failure::Failure;
@@ -36,6 +37,17 @@ fn verify(args: &VerifyArgs, console: Console) -> Result<u8, Failure> {
         ..Opening::reading(&args.naming, args.format.format.as_deref())
     };
     let opened = opening.open(name, console)?.opened;
+    if args.write {
+        let progress = Progress::start(args.progress && !args.quiet);
+        let watch = (&progress, &cancel);
+        let salvage = args.reading.salvage;
+        let outcome = convert::write_hashes(&opened.device, path, salvage, watch, console);
+        match outcome {
+            Ok(()) => progress.finish(),
+            Err(_) => progress.end(),
+        }
+        return outcome.map(|()| 0);
+    }
     let named = |failure: Failure| failure.about(&path.display().to_string());
     let file = File::open(path)
         .map_err(|error| Failure::io(&format!("opening {}", path.display()), &error))?;

@@ -65,7 +65,7 @@ pub use measure::{MeasureOptions, Measured, measure, measure_bitmaps};
 pub use packed::{PackedQcow2, create_packed};
 pub use repair::{rebuild_refcounts, repair_leaks};
 pub use resize::{ResizeOptions, resize};
-pub use space::{empty, give_back};
 pub use snapshots::{
     Snapshot, apply_snapshot, create_snapshot, delete_snapshot, snapshot_view, snapshots,
 };
+pub use space::{empty, give_back};

@@ -68,7 +68,10 @@ mod tests {
     const SIZE: u64 = 4 << 20;
 
     fn contents(image: &Arc<MemoryDevice>, backing: &Arc<MemoryDevice>) -> Vec<u8> {
-        let options = OpenOptions { backing: Some(Arc::<MemoryDevice>::clone(backing)), ..Default::default() };
+        let options = OpenOptions {
+            backing: Some(Arc::<MemoryDevice>::clone(backing)),
+            ..Default::default()
+        };
         let disk = Qcow2::open(Arc::<MemoryDevice>::clone(image), options).unwrap();
         let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
         disk.read_at(&mut bytes, 0).unwrap();
@@ -77,9 +80,13 @@ mod tests {
 
     #[test]
     fn an_emptied_image_shows_its_base_and_keeps_its_snapshots() {
-        for (version, extended_l2, snapshot) in
-            [(2, false, false), (3, false, false), (3, true, false), (3, false, true), (2, false, true)]
-        {
+        for (version, extended_l2, snapshot) in [
+            (2, false, false),
+            (3, false, false),
+            (3, true, false),
+            (3, false, true),
+            (2, false, true),
+        ] {
             let base = Arc::new(MemoryDevice::new(vec![7; usize::try_from(SIZE).unwrap()]));
             let image = Arc::new(MemoryDevice::new(Vec::new()));
             let mut options = CreateOptions::new(SIZE);
@@ -88,7 +95,10 @@ mod tests {
             options.backing =
                 Some(Backing { name: "base".to_owned(), format: Some("raw".to_owned()) });
             create(&*image, &options).unwrap();
-            let open = OpenOptions { backing: Some(Arc::<MemoryDevice>::clone(&base)), ..Default::default() };
+            let open = OpenOptions {
+                backing: Some(Arc::<MemoryDevice>::clone(&base)),
+                ..Default::default()
+            };
             let disk = Qcow2::open(Arc::<MemoryDevice>::clone(&image), open).unwrap();
             disk.write_at(&[1; 300_000], 70_000).unwrap();
             disk.close().unwrap();

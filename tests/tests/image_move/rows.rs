@@ -140,7 +140,10 @@ pub(crate) const CONVERT: &[Row] = &[
     makes(&["t.q"], &[same("convert -U --salvage -O qcow2 a.q t.q")]),
     says(&[differs("convert bad.q t.raw", "clusters that are not in the file are no zeroes")]),
     makes(&["t.raw"], &[same("convert --image-opts driver=qcow2,file.filename=a.q t.raw")]),
-    makes(&["t.raw"], &[same("convert json:{\"driver\":\"qcow2\",\"file.filename\":\"a.q\"} t.raw")]),
+    makes(
+        &["t.raw"],
+        &[same("convert json:{\"driver\":\"qcow2\",\"file.filename\":\"a.q\"} t.raw")],
+    ),
     makes(&["x/t.q"], &[same("convert -O qcow2 -B ../base.q -F qcow2 top.q x/t.q")]),
 ];
 
@@ -170,7 +173,10 @@ pub(crate) const CHAINS: &[Row] = &[
     makes(&["grown.q"], &[same("rebase -b long.q -F qcow2 grown.q")]),
     makes(&["cut.q"], &[same("rebase -b long.q -F qcow2 cut.q"), same("rebase -b '' cut.q")]),
     makes(&["v2.q"], &[same("rebase -b long.q -F qcow2 v2.q"), same("rebase -b '' v2.q")]),
-    makes(&["sub.q"], &[same("rebase -b long.q -F qcow2 sub.q"), same("rebase -b like.q -F qcow2 sub.q")]),
+    makes(
+        &["sub.q"],
+        &[same("rebase -b long.q -F qcow2 sub.q"), same("rebase -b like.q -F qcow2 sub.q")],
+    ),
     makes(&["onraw.q"], &[same("rebase -b long.q -F qcow2 onraw.q")]),
     makes(&["snapped.q"], &[same("rebase -b like.q -F qcow2 snapped.q")]),
     makes(&["top.q"], &[same("rebase -u -b base.q -F qcow2 top.q"), same("rebase -u -b '' top.q")]),
@@ -204,10 +210,7 @@ pub(crate) const CHAINS: &[Row] = &[
     makes(&["sub.q", "base.q"], &[same("commit sub.q")]),
     makes(&["snapped.q", "base.q"], &[same("commit snapped.q"), same("snapshot -a s snapped.q")]),
     makes(&["child.vmdk", "c.vmdk"], &[same("commit child.vmdk")]),
-    makes(
-        &["top.q", "mid.q"],
-        &[same("commit --image-opts driver=qcow2,file.filename=top.q")],
-    ),
+    makes(&["top.q", "mid.q"], &[same("commit --image-opts driver=qcow2,file.filename=top.q")]),
 ];
 
 pub(crate) const OTHERS: &[Row] = &[
@@ -228,7 +231,10 @@ pub(crate) const OTHERS: &[Row] = &[
     makes(&["t.raw"], &[same("dd if=a.q of=t.raw bs=1M skip=6")]),
     makes(&["t.raw"], &[same("dd if=a.q of=t.raw bs=1M skip=7")]),
     makes(&["t.raw"], &[same("dd -f raw if=c.raw of=t.raw bs=1M skip=10 count=2")]),
-    makes(&["t.raw"], &[same("dd if=a.q of=t.raw bs=1M count=10"), same("dd count=0 if=a.q of=t.raw")]),
+    makes(
+        &["t.raw"],
+        &[same("dd if=a.q of=t.raw bs=1M count=10"), same("dd count=0 if=a.q of=t.raw")],
+    ),
     makes(&["t.raw"], &[same("dd bs=3 count=5 if=a.q of=t.raw")]),
     makes(&["t.raw"], &[same("dd -f raw bs=300 if=odd.raw of=t.raw")]),
     makes(&["t.q"], &[same("dd -O qcow2 bs=64k count=9 if=a.q of=t.q")]),
@@ -253,7 +259,11 @@ pub(crate) const OTHERS: &[Row] = &[
     says(&[same("bench -t foo a.q"), same("bench -n a.q"), same("bench -i native a.q")]),
     says(&[same("bench -U -w -c 1 a.q"), same("bench --image-opts -f qcow2 a.q")]),
     says(&[same("bench -o 7M -c 5 a.q"), same("bench -s 8M -c 5 a.q")]),
-    says(&[same("bench -c 10 a.q"), same("bench -q -c 10 -f raw c.raw"), same("bench -U -c 1 a.q")]),
+    says(&[
+        same("bench -c 10 a.q"),
+        same("bench -q -c 10 -f raw c.raw"),
+        same("bench -U -c 1 a.q"),
+    ]),
     says(&[same("bench -o 1M -s 64k -S 128k -c 50 a.q"), same("bench -S 0 -d 1 -c 3 a.q")]),
     says(&[same("bench -i threads -c 9 a.q"), same("bench -i io_uring -c 9 a.q")]),
     says(&[same("bench -n -t none -c 9 -f raw c.raw"), same("bench --pattern 3 -c 9 a.q")]),
@@ -268,9 +278,21 @@ pub(crate) const OTHERS: &[Row] = &[
     says(&[same("compare c.raw a.q"), same("compare -q c.raw a.q"), same("compare top.q top.q")]),
     says(&[same("compare two.raw c.raw"), same("compare -s two.raw c.raw")]),
     says(&[same("compare cc.q text.raw"), same("compare -s cc.q text.raw")]),
-    says(&[same("compare odd.raw odd.raw"), same("compare -p a.q a.q"), same("compare -s a.q a.q")]),
+    says(&[
+        same("compare odd.raw odd.raw"),
+        same("compare -p a.q a.q"),
+        same("compare -s a.q a.q"),
+    ]),
     says(&[same("compare -s alone.q base.q"), same("compare alone.q base.q")]),
-    says(&[same("compare grown.q base.q"), same("compare cut.q base.q"), same("compare lost.q a.q")]),
+    says(&[
+        same("compare grown.q base.q"),
+        same("compare cut.q base.q"),
+        same("compare lost.q a.q"),
+    ]),
     says(&[same("compare mid.q like.q"), same("compare -f qcow2 -F raw mid.q c.raw")]),
-    says(&[same("compare n.q c.raw"), same("compare long.q alone.q"), same("compare c.vdi c.vhdx")]),
+    says(&[
+        same("compare n.q c.raw"),
+        same("compare long.q alone.q"),
+        same("compare c.vdi c.vhdx"),
+    ]),
 ];

@@ -338,9 +338,12 @@ pub(crate) struct VerifyArgs {
     pub(crate) naming: Naming,
     #[command(flatten)]
     pub(crate) reading: Reading,
-    /// The hashes that were written when the image was copied
+    /// The file of hashes, such as `convert --hash` writes it
     #[arg(long, value_name = "FILE")]
     pub(crate) hash: Option<PathBuf>,
+    /// Write the image's hashes to that file instead of comparing them
+    #[arg(long)]
+    pub(crate) write: bool,
     /// Print errors only
     #[arg(short, long)]
     pub(crate) quiet: bool,

@@ -199,10 +199,8 @@ mod tests {
     #[test]
     fn requests_go_round_and_flushes_follow() {
         for (drains, depth) in [(true, 1), (true, 7), (false, 7), (true, 1000)] {
-            let device = Counting {
-                disk: MemoryDevice::new(vec![0; 64 << 10]),
-                flushes: AtomicU64::new(0),
-            };
+            let device =
+                Counting { disk: MemoryDevice::new(vec![0; 64 << 10]), flushes: AtomicU64::new(0) };
             let load = Load { pattern: Some(3), flush_interval: 7, drains, ..LOAD };
             load.run(&device, depth).unwrap();
             assert_eq!(device.flushes.into_inner(), 14);

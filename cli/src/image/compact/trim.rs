@@ -12,11 +12,7 @@ use tranship_protocol::GuestPath;
 
 /// Mounts each filesystem of the disk in the appliance and trims it; the bytes that they
 /// gave back.
-pub(super) fn trim(
-    source: Source,
-    cancel: &CancelToken,
-    console: Console,
-) -> Result<u64, Failure> {
+pub(super) fn trim(source: Source, cancel: &CancelToken, console: Console) -> Result<u64, Failure> {
     let machine = MachineArgs { backend: None, memsize: None, smp: None };
     let mut guest = Guest::new(places::settings(&machine)).with_cancel(cancel.clone());
     let drive = Drive { device: source.opened.device, read_only: false, durable: true };
@@ -31,9 +27,8 @@ pub(super) fn trim(
             continue;
         }
         // What cannot be mounted or trimmed keeps its space, and the others do not have to.
-        let given_back = guest
-            .mount(&volume.device, &root, "", None)
-            .and_then(|()| guest.trim(&root));
+        let given_back =
+            guest.mount(&volume.device, &root, "", None).and_then(|()| guest.trim(&root));
         match given_back {
             Ok(more) => {
                 bytes = bytes.saturating_add(more);

@@ -66,8 +66,9 @@ impl Plan {
 /// Bytes per second; 0 is no limit.
 pub(crate) fn rate(text: &str) -> Result<Option<Rate>, Failure> {
     match sizes::parse(text) {
-        Ok(rate) => Ok(NonZeroU64::new(rate)
-            .map(|bytes| Rate { bytes: Some(bytes), operations: None })),
+        Ok(rate) => {
+            Ok(NonZeroU64::new(rate).map(|bytes| Rate { bytes: Some(bytes), operations: None }))
+        }
         Err(SizeError::Invalid) => {
             Err(Failure::usage(format!("Invalid rate limit specified: '{text}'.")))
         }
