@@ -128,6 +128,11 @@ impl Job<'_> {
         drop(upper.opened.device);
         let Some(Layer { disk: Disk::Qcow2(disk), storage: Some(storage), .. }) = layers.next()
         else {
+            self.console.warn(&format!(
+                "{} is not emptied: what it holds is in the image that it was based on now, and \
+                 its format may not let it be read any more",
+                self.plan.name
+            ));
             return Ok(());
         };
         if let Some(disk) = Arc::into_inner(disk) {
@@ -203,6 +208,8 @@ impl Job<'_> {
         let name = self.plan.base.as_os_str();
         let mut base = opening.open_file(name, self.console)?;
         if !matches!(base.opened.format, Format::Raw | Format::Qcow2) {
+            // Its lock would be in the way.
+            drop(base);
             base = opening.open(name, self.console)?;
         }
         let old = resize::size_of(&base)?;

@@ -7,7 +7,10 @@ use crate::args::image::CompareArgs;
 use crate::failure::Failure;
 use crate::{signals, stdout};
 use tranship_appliance::CancelToken;
-use tranship_block::{CompareError, CompareOptions, Comparison, CopyObserver};
+use tranship_block::{
+    BlockDevice, CompareError, CompareOptions, Comparison, CopyObserver, Error, Extent, Result,
+    Span, Zeroing,
+};
 
 /// Exit codes of what went wrong, which are all different from 1: "not equal".
 const CANNOT_OPEN: u8 = 2;
@@ -20,7 +23,7 @@ const CANNOT_READ: u8 = 4;
 const SECTOR: u64 = 512;
 
 /// Compares two images.
-pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &CompareArgs, console: Console) -> std::result::Result<u8, Failure> {
     let [first, second] = args.names.as_slice() else {
         return Err(source::usage(console, "compare", "Expecting two image file names"));
     };
@@ -37,9 +40,9 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
         opening.open(name, console).map_err(cannot)
     };
     let (first, second) = (open(first, &args.a_format)?, open(second, &args.b_format)?);
-    let [first, second] = [&first.opened.device, &second.opened.device];
+    let [left, right] = [&first, &second].map(|source| InSectors(&*source.opened.device));
     let say = |text: &str| if args.quiet { Ok(()) } else { stdout::print(text) };
-    let [one, other] = [first, second].map(|disk| disk.size().next_multiple_of(SECTOR));
+    let [one, other] = [left.size(), right.size()];
     if one != other && args.strict {
         say("Strict mode: Image size mismatch!\n")?;
         progress.end();
@@ -47,13 +50,9 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
     }
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let options = CompareOptions {
-        // Disks whose sizes differ within a sector are the same size to their guests.
-        strict: args.strict && first.size() == second.size(),
-        ..CompareOptions::default()
-    };
+    let options = CompareOptions { strict: args.strict, ..CompareOptions::default() };
     let watch = Watch { progress: &progress, cancel: &cancel };
-    let found = tranship_block::compare(first, second, &options, &watch);
+    let found = tranship_block::compare(&left, &right, &options, &watch);
     let place = match &found {
         Ok(Comparison::DiffersAt(at) | Comparison::AllocationDiffersAt(at)) => Some(*at),
         Ok(_) => None,
@@ -87,6 +86,42 @@ pub(crate) fn run(args: &CompareArgs, console: Console) -> Result<u8, Failure> {
     say(&text)?;
     progress.end();
     Ok(code)
+}
+
+/// The disk up to the end of its last sector, as its guest sees it.
+#[derive(Debug)]
+struct InSectors<'a>(&'a dyn BlockDevice);
+
+impl BlockDevice for InSectors<'_> {
+    fn size(&self) -> u64 {
+        self.0.size().next_multiple_of(SECTOR)
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let there = usize::try_from(self.0.size().saturating_sub(offset)).unwrap_or(usize::MAX);
+        let (there, behind) = buf.split_at_mut(there.min(buf.len()));
+        behind.fill(0);
+        self.0.read_at(there, offset)
+    }
+
+    fn write_zeroes(&self, span: Span, _: Zeroing) -> Result<()> {
+        Err(Error::usage("device is read-only").at(span.start))
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        let last = self.0.size().saturating_sub(1);
+        let extent = self.0.extent_at(offset.min(last))?;
+        let is_last = offset.saturating_add(extent.len) >= self.0.size();
+        Ok(if is_last { Extent { len: self.size() - offset, ..extent } } else { extent })
+    }
+
+    fn flush(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Shows how far the comparison is.

@@ -20,7 +20,9 @@ use resume::State;
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use tranship_appliance::CancelToken;
-use tranship_block::{BlockDevice, Concat, CopyOptions, Throttle, Throttled, copy, copy_packed};
+use tranship_block::{
+    BlockDevice, Concat, CopyOptions, Slice, Span, Throttle, Throttled, copy, copy_packed,
+};
 use tranship_formats::{Compressing, FillOptions, Filling, Place, Staged, fill};
 use watch::Watch;
 
@@ -143,6 +145,9 @@ impl Job<'_> {
                 return Err(Failure::usage("Compression not supported for this file format"));
             }
         };
+        // What a longer target has past the source's end stays.
+        let len = device.size().min(self.device.size().next_multiple_of(512));
+        let device: Arc<dyn BlockDevice> = Arc::new(Slice::new(device, Span::new(0, len))?);
         let options = CopyOptions { target_is_zero: args.target_is_zero, ..self.plan.copying };
         let hash = args.hash.as_deref();
         let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), None)?;

@@ -189,7 +189,9 @@ fn begin(
         Create::Vpc(_) => Arc::new(Vpc::open(storage, tranship_vpc::OpenOptions::default())?),
         Create::Vhdx(_) => Arc::new(Vhdx::open(storage, tranship_vhdx::OpenOptions::default())?),
         Create::Vmdk(_) => {
-            let options = tranship_vmdk::OpenOptions::default();
+            // The new disk names it by the content id that it was given for it.
+            let parent = backing.map(|device| tranship_vmdk::Parent { device, cid: None });
+            let options = tranship_vmdk::OpenOptions { parent, ..Default::default() };
             Arc::new(Vmdk::open_writable(storage, &beside(path), options)?)
         }
     };

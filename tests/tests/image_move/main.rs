@@ -168,19 +168,19 @@ fn split(words: &str) -> Vec<String> {
     words.split('\'').enumerate().flat_map(quoted).collect()
 }
 
-/// The text with `in N seconds` for every time, and only the last of lines that replace
-/// each other.
+/// The text with `in N seconds` for every time, and without lines of progress before
+/// the last one.
 fn without_times(text: &str) -> String {
     let line = |line: &str| {
-        let line = match line.strip_suffix('\r') {
-            Some(shown) => shown.rsplit('\r').next().unwrap_or_default(),
-            None => line,
-        };
+        let is_early = |shown: &&str| shown.ends_with("/100%)") && !shown.contains("(100.00");
+        let mut shown: Vec<&str> = line.split('\r').filter(|shown| !is_early(shown)).collect();
+        shown.dedup();
+        let line = shown.join("\r");
         match line.split_once(" in ") {
             Some((before, after)) if after.ends_with(" seconds.") => {
                 format!("{before} in N seconds.")
             }
-            _ => line.to_owned(),
+            _ => line,
         }
     };
     text.split('\n').map(line).collect::<Vec<_>>().join("\n")
@@ -257,6 +257,7 @@ fn dd_bench_and_compare_do_what_qemu_img_does() {
 #[test]
 fn words_are_split_as_by_a_shell() {
     assert_eq!(split("a -b '' c"), ["a", "-b", "", "c"]);
-    assert_eq!(without_times("    (0.00/100%)\r    (9.00/100%)\r\nx\n"), "    (9.00/100%)\nx\n");
+    assert_eq!(without_times("    (0.00/100%)\r    (9.00/100%)\r\nx\n"), "\nx\n");
+    assert_eq!(without_times("    (9.00/100%)\r    (100.00/100%)\rx"), "    (100.00/100%)\rx");
     assert_eq!(without_times("Run completed in 0.012 seconds.\n"), "Run completed in N seconds.\n");
 }

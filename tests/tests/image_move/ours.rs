@@ -163,6 +163,8 @@ fn a_killed_copy_leaves_no_image() {
         if signal != Signal::KILL {
             assert_eq!(code, Some(128 + signal.as_raw()), "{words}");
             assert_eq!(support::names(bench.folder.path()), ["disk.raw"], "{words}");
+        } else {
+            fs::remove_dir_all(bench.path(".t.img.tranship-part")).unwrap();
         }
     }
     // What was there before stays until the end, and then goes.
