@@ -103,7 +103,7 @@ mod tests {
             disk.write_at(&[1; 300_000], 70_000).unwrap();
             disk.close().unwrap();
             if snapshot {
-                create_snapshot(&*image, "kept").unwrap();
+                create_snapshot(&*image, "kept", std::time::UNIX_EPOCH).unwrap();
             }
             let before = image.size();
             empty(&*image).unwrap();
