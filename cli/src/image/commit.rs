@@ -136,7 +136,7 @@ impl Job<'_> {
             return Ok(());
         };
         if let Some(disk) = Arc::into_inner(disk) {
-            disk.close()?;
+            disk.finish()?;
         }
         tranship_qcow2::empty(&*storage)
             .map_err(|error| Failure::from(error).within("Could not empty the image"))
@@ -198,7 +198,7 @@ impl Job<'_> {
         if let Some(Disk::Qcow2(disk)) = qcow2
             && let Some(disk) = Arc::into_inner(disk)
         {
-            disk.close()?;
+            disk.finish()?;
         }
         Ok(())
     }

@@ -115,7 +115,7 @@ fn compact(
     let Some(layer) = layers.next() else { return Ok(()) };
     let Disk::Qcow2(disk) = layer.disk else { return Ok(()) };
     if let Some(disk) = Arc::into_inner(disk) {
-        disk.close()?;
+        disk.finish()?;
     }
     if let Some(storage) = layer.storage {
         tranship_qcow2::give_back(&*storage)?;

@@ -112,7 +112,7 @@ impl Job<'_> {
         moving.run(progress, cancel)?;
         drop(moving);
         match Arc::into_inner(disk) {
-            Some(disk) => disk.close()?,
+            Some(disk) => disk.finish()?,
             None => return Err(Failure::usage("the image is still in use")),
         }
         self.store(&*storage, wanted)
