@@ -101,7 +101,7 @@ mod tests {
             };
             let disk = Qcow2::open(Arc::<MemoryDevice>::clone(&image), open).unwrap();
             disk.write_at(&[1; 300_000], 70_000).unwrap();
-            disk.close().unwrap();
+            disk.finish().unwrap();
             if snapshot {
                 create_snapshot(&*image, "kept", std::time::UNIX_EPOCH).unwrap();
             }
@@ -128,7 +128,7 @@ mod tests {
         disk.write_at(&[1; 1 << 20], 0).unwrap();
         disk.write_at(&[2; 1 << 16], 3 << 20).unwrap();
         disk.write_zeroes(Span::new(0, 1 << 20), tranship_block::Zeroing::MayUnmap).unwrap();
-        disk.close().unwrap();
+        disk.finish().unwrap();
         give_back(&*image).unwrap();
         let report = check(&*image, Repair::Nothing).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0));

@@ -34,7 +34,7 @@ fn image(base: &Arc<MemoryDevice>, snapshot: bool) -> Vec<u8> {
     let disk = Qcow2::open(storage.clone(), over(base)).unwrap();
     disk.write_at(&[1; 5000], 700).unwrap();
     disk.write_at(&[2; 3000], 150_000).unwrap();
-    disk.close().unwrap();
+    disk.finish().unwrap();
     if snapshot {
         create_snapshot(&*storage, "kept", UNIX_EPOCH).unwrap();
     }
@@ -69,7 +69,7 @@ fn a_cut_while_space_is_given_back_changes_nothing() {
     let storage = Arc::new(MemoryDevice::new(image(&base, false)));
     let disk = Qcow2::open(storage.clone(), over(&base)).unwrap();
     disk.write_zeroes(Span::new(0, 4096), Zeroing::MayUnmap).unwrap();
-    disk.close().unwrap();
+    disk.finish().unwrap();
     // Space that nobody knows of.
     storage.set_len(storage.size() + 100_000).unwrap();
     let before = contents(storage.clone(), &base);
