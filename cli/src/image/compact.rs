@@ -201,7 +201,7 @@ mod tests {
         let image = Arc::new(MemoryDevice::new(Vec::new()));
         create(&*image, &CreateOptions::new(10 << 20)).unwrap();
         let disk = Qcow2::open(image, OpenOptions::default()).unwrap();
-        disk.write_at(&[0; 4 << 20], 1 << 20).unwrap();
+        disk.write_at(&vec![0; 4 << 20], 1 << 20).unwrap();
         disk.write_at(&[9], 2 << 20).unwrap();
         disk.write_at(&[0; 512], (10 << 20) - 512).unwrap();
         let progress = Progress::start(false);

@@ -82,9 +82,12 @@ impl Job<'_> {
             }
             Some(backing) => {
                 let found = self.look_at(&path, backing)?;
-                let place = found.opened.path.canonicalize().ok();
-                let is_same =
-                    |layer: &Layer| place.is_some() && place == layer.path.canonicalize().ok();
+                let (place, format) = (found.opened.path.canonicalize().ok(), found.opened.format);
+                let is_same = |layer: &Layer| {
+                    layer.format == format
+                        && place.is_some()
+                        && place == layer.path.canonicalize().ok()
+                };
                 spec.backing = Below::Given(Box::new(found.spec));
                 layers.iter().position(is_same)
             }

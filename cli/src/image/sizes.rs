@@ -38,9 +38,10 @@ pub(crate) fn parse_number(text: &str) -> Result<u64, SizeError> {
     let number = parse(text)?;
     let is_plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
     let digits = text.trim_start().trim_start_matches(['+', '-']);
-    match is_plain(digits) || digits.starts_with("0x") || digits.starts_with("0X") {
-        true => Ok(number),
-        false => Err(SizeError::Invalid),
+    if is_plain(digits) || digits.starts_with("0x") || digits.starts_with("0X") {
+        Ok(number)
+    } else {
+        Err(SizeError::Invalid)
     }
 }
 

@@ -241,6 +241,27 @@ fn a_limit_is_kept() {
     assert!(begun.elapsed() > Duration::from_millis(800), "{:?}", begun.elapsed());
 }
 
+#[test]
+fn a_killed_commit_has_changed_nothing_for_the_guest() {
+    let Some(bench) = Bench::new() else { return };
+    bench.run("create -q -f qcow2 -b disk.raw -F raw t.q", 0);
+    bench.run("bench -w -c 20 -s 1M --pattern 3 t.q", 0);
+    bench.run("convert t.q before.raw", 0);
+    let first = fs::read(bench.path("disk.raw")).unwrap();
+    let mut child = bench.start("commit -r 5M t.q");
+    wait_until(&mut child, || fs::read(bench.path("disk.raw")).unwrap() != first);
+    kill(child, Signal::KILL);
+    assert_eq!(bench.run("compare -F raw t.q before.raw", 0), "Images are identical.\n");
+    bench.run("commit t.q", 0);
+    assert_eq!(bench.run("compare -F raw t.q before.raw", 0), "Images are identical.\n");
+    assert_eq!(
+        bench.run("compare -f raw -F raw disk.raw before.raw", 0),
+        "Images are identical.\n"
+    );
+    bench.run("check t.q", 0);
+    assert_eq!(bench.run("map --output json t.q", 0).matches("\"depth\": 0").count(), 0);
+}
+
 fn allocated(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }

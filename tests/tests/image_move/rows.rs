@@ -196,6 +196,14 @@ pub(crate) const CHAINS: &[Row] = &[
     makes(&["onraw.q"], &[same("rebase -b long.q -F qcow2 onraw.q")]),
     makes(&["snapped.q"], &[same("rebase -b like.q -F qcow2 snapped.q")]),
     makes(&["top.q"], &[same("rebase -u -b base.q -F qcow2 top.q"), same("rebase -u -b '' top.q")]),
+    says(&[
+        same("convert -O raw top.q before.raw"),
+        same("rebase -b base.q -F raw top.q"),
+        differs(
+            "compare -F raw top.q before.raw",
+            "qemu-img takes the file for the base that it was, in whatever format, and loses data",
+        ),
+    ]),
     makes(&["top.q"], &[same("rebase -u top.q")]),
     makes(&["lost.q"], &[same("rebase -u -b short.q -F qcow2 lost.q")]),
     makes(&["top.q"], &[same("rebase -p -b base.q -F qcow2 top.q")]),
