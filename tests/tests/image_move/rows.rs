@@ -292,6 +292,7 @@ pub(crate) const OTHERS: &[Row] = &[
     says(&[same("bench -i threads -c 9 a.q"), same("bench -i io_uring -c 9 a.q")]),
     says(&[same("bench -n -t none -c 9 -f raw c.raw"), same("bench --pattern 3 -c 9 a.q")]),
     says(&[same("bench -s 1k -c 10000 -o 100 a.q"), same("bench -c 0x10 a.q")]),
+    says(&[same("bench -s 512 -c 6000 -f raw text.raw"), same("bench -c 1 -f raw odd.raw")]),
     makes(&["a.q"], &[same("bench -w -c 10 --pattern 5 a.q")]),
     makes(&["a.q"], &[same("bench -w --flush-interval 4 -d 2 -c 10 --pattern 9 -o 1M a.q")]),
     makes(&["a.q"], &[same("bench -w --flush-interval 64 --no-drain -c 200 --pattern 255 a.q")]),

@@ -8,6 +8,9 @@ use tranship_block::{AlignedBuffer, BlockDevice, Error, Result, Span};
 /// Threads that make requests at the same time.
 const MOST_THREADS: u64 = 256;
 
+/// Sizes of disks are multiples of this.
+const SECTOR: u64 = 512;
+
 /// Bytes that they may have under way.
 const MOST_BYTES: u64 = 1 << 30;
 
@@ -122,9 +125,13 @@ impl Run<'_> {
     }
 
     fn request(&self, number: u64, buffer: &mut [u8]) -> Result<()> {
-        let size = self.device.size();
+        // The guest sees whole sectors; of the last one there may be less.
+        let stored = self.device.size();
+        let size = stored.next_multiple_of(SECTOR);
         let at = self.load.offset(number, size);
         Span::new(at, self.load.len).check_within(size)?;
+        let there = usize::try_from(stored.saturating_sub(at)).unwrap_or(usize::MAX);
+        let (buffer, _) = buffer.split_at_mut(there.min(buffer.len()));
         match self.load.pattern {
             Some(_) => self.device.write_at(buffer, at),
             None => self.device.read_at(buffer, at),
@@ -223,5 +230,7 @@ mod tests {
         let device = MemoryDevice::new(vec![0; 10_000]);
         assert!(LOAD.run(&device, 4).is_err());
         Load { count: 2, ..LOAD }.run(&device, 4).unwrap();
+        // An odd end is that of a sector.
+        Load { len: 512, step: 512, ..LOAD }.run(&device, 4).unwrap();
     }
 }
