@@ -44,6 +44,7 @@ pub enum Locking {
 }
 
 /// How a disk is opened.
+#[allow(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// The format of the first image; guessed if it is not given.
@@ -291,7 +292,17 @@ impl<'a> Walk<'a> {
         if self.options.without_backing {
             return Ok(Some(Base::Nothing));
         }
-        self.below(image.path, wanted, place).map(Base::Disk).map(Some)
+        match self.below(image.path, wanted, place) {
+            Ok(disk) => Ok(Some(Base::Disk(disk))),
+            Err(error) if self.options.salvage => {
+                self.warnings.push(format!(
+                    "{}: the {} cannot be opened, its part reads as zero: {error}",
+                    image.name, wanted.role
+                ));
+                Ok(Some(Base::Nothing))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Opens the image that the one at `path` is based on, for reading.

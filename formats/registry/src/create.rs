@@ -73,6 +73,7 @@ fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<(
 }
 
 /// How a new image is filled.
+#[allow(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FillOptions {
     /// Compress its units.

@@ -55,7 +55,6 @@ impl Walk<'_> {
             backing: self.base(&image, place, wanted.as_ref())?.map(|base| base.device()),
             data_file: self.data_file(&header, &image, place)?,
             cipher: self.cipher(&header, &image)?,
-            ..tranship_qcow2::OpenOptions::default()
         };
         let disk = match image.storage {
             Some(storage) => Qcow2::open(storage, options)?,
@@ -310,7 +309,10 @@ impl Walk<'_> {
     }
 
     fn packed(&mut self, image: Image<'_>) -> Result<Disk> {
-        let disk = tranship_packed::Packed::open(image.file, Default::default())?;
+        let options =
+            tranship_packed::OpenOptions { salvage: self.options.salvage, ..Default::default() };
+        let disk = tranship_packed::Packed::open(image.file, options)?;
+        self.warn(image.name, disk.warnings());
         Ok(Disk::Other(Arc::new(disk)))
     }
 }
