@@ -34,9 +34,13 @@ check: setup-check ## Formatting, lints, documentation, layers, shell scripts
 	shellcheck --external-sources $(SCRIPTS)
 
 .PHONY: bench
-bench: build fixtures ## Measure against virt-v2v and libguestfs; table in target/bench
+bench: build fixtures bench-image ## Measure against virt-v2v, libguestfs and qemu-img; tables in target/bench
 	@tests/setup.sh bench
 	@tests/bench/run.sh
+
+.PHONY: bench-image
+bench-image: build ## Measure `tranship image` against qemu-img alone; takes 20 GiB of disk
+	@tests/bench/image/run.sh
 
 .PHONY: fuzz
 fuzz: setup ## Random input for the parsers, FUZZ_SECONDS long (default 300)
