@@ -21,7 +21,8 @@ use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use tranship_appliance::CancelToken;
 use tranship_block::{
-    BlockDevice, Concat, CopyOptions, Slice, Span, Throttle, Throttled, copy, copy_packed,
+    BlockDevice, Concat, Copied, CopyOptions, Measured, Slice, Span, Throttle, Throttled, copy,
+    copy_packed,
 };
 use tranship_formats::{Compressing, FillOptions, Filling, Place, Staged, fill};
 use watch::Watch;
@@ -151,9 +152,11 @@ impl Job<'_> {
         let options = CopyOptions { target_is_zero: args.target_is_zero, ..self.plan.copying };
         let hash = args.hash.as_deref();
         let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), None)?;
-        let copied =
-            copy(&self.source(), &device, &options, &watch).map_err(|error| self.failed(error))?;
-        drop((device, opened));
+        let (source, measured) = (Measured::new(self.source()), Measured::new(device));
+        let copied = copy(&source, &measured, &options, &watch)
+            .map_err(|error| watch.failure().unwrap_or_else(|| self.failed(error)))?;
+        self.tell(&source, Some(&measured), &copied)?;
+        drop((measured, opened));
         if args.bitmaps {
             let file = opening.open_file(target, self.console)?;
             bitmap::copy_all(self.sources, &file, args.skip_broken_bitmaps, self.console)?;
@@ -213,7 +216,8 @@ impl Job<'_> {
         let hash = args.hash.as_deref();
         let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), state)?;
         let mut copying = CopyOptions { start, ..self.plan.copying };
-        let source = self.source();
+        let source = Measured::new(self.source());
+        let mut measured = None;
         let copied = match (&filling, filling.device()) {
             (Filling::Packed(target), _) => copy_packed(&source, &**target, &copying, &watch),
             (_, Some(device)) => {
@@ -224,11 +228,13 @@ impl Job<'_> {
                     (Filling::Qcow2(image), true) => Arc::new(Compressing(Arc::clone(image))),
                     _ => device,
                 };
-                copy(&source, &device, &copying, &watch)
+                copy(&source, measured.insert(Measured::new(device)), &copying, &watch)
             }
             (_, None) => return Err(Failure::usage("the new image cannot be written")),
         }
-        .map_err(|error| self.failed(error))?;
+        .map_err(|error| watch.failure().unwrap_or_else(|| self.failed(error)))?;
+        self.tell(&source, measured.as_ref(), &copied)?;
+        drop(measured);
         filling.finish().map_err(|error| self.failed(error))?;
         if args.bitmaps {
             let file = Opening::writing(&Naming::default(), Some(format.name()))
@@ -237,6 +243,31 @@ impl Job<'_> {
         }
         staged.publish()?;
         watch.finish(copied, self.console)
+    }
+
+    /// Writes down what the disks had to do, if somebody wants to know.
+    fn tell(
+        &self,
+        source: &Measured<Arc<dyn BlockDevice>>,
+        target: Option<&Measured<Arc<dyn BlockDevice>>>,
+        copied: &Copied,
+    ) -> Result<(), Failure> {
+        let Some(path) = &self.args.statistics else { return Ok(()) };
+        source.note_zeroes_skipped(copied.bytes_zero);
+        let text = serde_json::json!({
+            "source": source.snapshot(),
+            "target": target.map(Measured::snapshot),
+            "copied": {
+                "bytes_read": copied.bytes_read,
+                "bytes_written": copied.bytes_written,
+                "bytes_zero": copied.bytes_zero,
+                "bytes_offloaded": copied.bytes_offloaded,
+                "bytes_skipped": copied.bytes_skipped,
+                "bytes_unreadable": copied.bytes_unreadable,
+            },
+        });
+        std::fs::write(path, format!("{text:#}\n"))
+            .map_err(|error| Failure::io(&format!("writing {}", path.display()), &error))
     }
 
     /// What the new image is based on, for reading.

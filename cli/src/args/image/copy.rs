@@ -145,6 +145,9 @@ pub(crate) struct ConvertArgs {
     /// Write hashes of the disk's pieces to this file, for `verify`
     #[arg(long, value_name = "FILE", help_heading = "Work")]
     pub(crate) hash: Option<PathBuf>,
+    /// Write what was asked of the disks, how often and how fast, to this file, as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Work")]
+    pub(crate) statistics: Option<PathBuf>,
     /// Go on with a copy that was interrupted
     #[arg(long, help_heading = "Work")]
     pub(crate) resume: bool,

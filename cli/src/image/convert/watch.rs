@@ -56,6 +56,11 @@ impl<'a> Watch<'a> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What went wrong here and ended the copy.
+    pub(super) fn failure(&self) -> Option<Failure> {
+        self.kept().failure.take()
+    }
+
     /// The copy is complete.
     pub(super) fn finish(&self, copied: Copied, console: Console) -> Result<(), Failure> {
         let mut kept = self.kept();
