@@ -187,8 +187,22 @@ fn begin(
             let options = tranship_qcow2::OpenOptions { backing, data_file, ..Default::default() };
             Arc::new(Qcow2::open(storage, options)?)
         }
-        Create::Vpc(_) => Arc::new(Vpc::open(storage, tranship_vpc::OpenOptions::default())?),
-        Create::Vhdx(_) => Arc::new(Vhdx::open(storage, tranship_vhdx::OpenOptions::default())?),
+        Create::Vpc(what) => {
+            let parent = what.parent.as_ref().zip(backing).map(|(parent, device)| {
+                tranship_vpc::Parent { device, unique_id: parent.unique_id }
+            });
+            let options = tranship_vpc::OpenOptions { parent, ..Default::default() };
+            Arc::new(Vpc::open(storage, options)?)
+        }
+        Create::Vhdx(what) => {
+            let linkage = what.parent.as_ref().and_then(|parent| parent.linkage.first());
+            let parent = linkage.zip(backing).map(|(linkage, device)| tranship_vhdx::Parent {
+                device,
+                data_write_guid: *linkage,
+            });
+            let options = tranship_vhdx::OpenOptions { parent, ..Default::default() };
+            Arc::new(Vhdx::open(storage, options)?)
+        }
         Create::Vmdk(_) => {
             // The new disk names it by the content id that it was given for it.
             let parent = backing.map(|device| tranship_vmdk::Parent { device, cid: None });

@@ -31,8 +31,8 @@ pub(super) fn build(
         Format::Qcow2 => {
             qcow2(size, options, spec.path().unwrap_or(Path::new(""))).map(Create::Qcow2)
         }
-        Format::Vpc => others::vpc(size, options).map(Create::Vpc),
-        Format::Vhdx => others::vhdx(size, options).map(Create::Vhdx),
+        Format::Vpc => others::vpc(size, options, spec).map(Create::Vpc),
+        Format::Vhdx => others::vhdx(size, options, spec).map(Create::Vhdx),
         Format::Vmdk => others::vmdk(size, options, spec).map(Create::Vmdk),
         other => Err(Failure::usage(format!("images of format {other} cannot be made"))),
     }

@@ -5,16 +5,37 @@ use crate::args::image::Naming;
 use crate::failure::Failure;
 use crate::image::console::Console;
 use crate::image::options::Options;
-use crate::image::source::{self, Opening};
+use crate::image::source::{self, Opening, Source};
 use crate::personality::Personality;
 use std::path::Path;
 use tranship_formats::{Disk, Spec};
+use tranship_vhdx::ParentLocator;
 use tranship_vmdk::{Adapter, ParentLink, Subformat};
-use tranship_vpc::{Kind, Sizing};
+use tranship_vpc::{Kind, NewParent, Sizing};
 
 /// A VHD.
-pub(super) fn vpc(size: u64, options: &Options) -> Result<tranship_vpc::CreateOptions, Failure> {
+pub(super) fn vpc(
+    size: u64,
+    options: &Options,
+    spec: &Spec,
+) -> Result<tranship_vpc::CreateOptions, Failure> {
     no_preallocation(options)?;
+    if let Some(name) = options.text("backing_file") {
+        if ["subformat", "azure", "force_size"].iter().any(|name| options.get(name).is_some()) {
+            return Err(Failure::usage("a differencing VHD has no other options"));
+        }
+        let parent = parent(spec, name, options, "vpc")?;
+        let Some(Disk::Vpc(disk)) = parent.opened.layers.first().map(|layer| &layer.disk) else {
+            return Err(Failure::usage("the parent of a VHD has to be a VHD"));
+        };
+        let parent = NewParent {
+            unique_id: disk.unique_id(),
+            timestamp: disk.footer().timestamp,
+            relative: relative(name),
+            absolute: absolute(&parent.opened.path),
+        };
+        return Ok(tranship_vpc::CreateOptions::differencing(size, parent));
+    }
     let mut create = tranship_vpc::CreateOptions::new(size);
     create.kind = match options.text("subformat") {
         None | Some("dynamic") => Kind::Dynamic,
@@ -39,7 +60,11 @@ pub(super) fn vpc(size: u64, options: &Options) -> Result<tranship_vpc::CreateOp
 }
 
 /// A VHDX.
-pub(super) fn vhdx(size: u64, options: &Options) -> Result<tranship_vhdx::CreateOptions, Failure> {
+pub(super) fn vhdx(
+    size: u64,
+    options: &Options,
+    spec: &Spec,
+) -> Result<tranship_vhdx::CreateOptions, Failure> {
     no_preallocation(options)?;
     let mut create = tranship_vhdx::CreateOptions::new(size);
     let narrow = |name: &str, value: u64| {
@@ -61,6 +86,17 @@ pub(super) fn vhdx(size: u64, options: &Options) -> Result<tranship_vhdx::Create
             )));
         }
     };
+    if let Some(name) = options.text("backing_file") {
+        let parent = parent(spec, name, options, "vhdx")?;
+        let Some(Disk::Vhdx(disk)) = parent.opened.layers.first().map(|layer| &layer.disk) else {
+            return Err(Failure::usage("the parent of a VHDX has to be a VHDX"));
+        };
+        create.parent = Some(ParentLocator::new(
+            disk.data_write_guid(),
+            relative(name).as_deref(),
+            absolute(&parent.opened.path).as_deref(),
+        ));
+    }
     create.block_state_zero = options.switch("block_state_zero") != Some(false);
     Ok(create)
 }
@@ -102,6 +138,25 @@ pub(super) fn vmdk(
         create.parent = Some(parent_link(path, parent)?);
     }
     Ok(create)
+}
+
+/// The disk that a differencing one is based on.
+fn parent(spec: &Spec, name: &str, options: &Options, format: &str) -> Result<Source, Failure> {
+    if let Some(other) = options.text("backing_fmt").filter(|given| *given != format) {
+        return Err(Failure::usage(format!("backing format is {other}, it can only be {format}")));
+    }
+    let naming = Naming::default();
+    let at = source::beside(spec.path().unwrap_or(Path::new("")), name);
+    Opening { alone: true, ..Opening::reading(&naming, Some(format)) }
+        .open(at.as_os_str(), Console::new(Personality::Tranship))
+}
+
+fn relative(name: &str) -> Option<String> {
+    (!name.starts_with('/')).then(|| name.to_owned())
+}
+
+fn absolute(path: &Path) -> Option<String> {
+    path.canonicalize().ok().map(|path| path.display().to_string())
 }
 
 /// What a child says about the disk that it is based on.

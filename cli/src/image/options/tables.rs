@@ -103,9 +103,10 @@ static VMDK: [Described; 7] = [
     option("zeroed_grain", Kind::Switch, "Mark zeroes in the tables instead of storing them"),
 ];
 
-static VPC: [Described; 2] = [
+static VPC: [Described; 3] = [
     option("subformat", Kind::Text, "dynamic or fixed"),
     option("force_size", Kind::Switch, "Keep the exact size instead of one that a geometry has"),
+    option("azure", Kind::Switch, "As Azure takes it: fixed, in whole MiB, 20 MiB at least"),
 ];
 
 static VHDX: [Described; 4] = [
@@ -158,8 +159,8 @@ pub(crate) fn creatable(format: Format, with_file: bool) -> Option<Vec<&'static 
             let (adapter, rest) = VMDK.split_at(1);
             [&SIZE].into_iter().chain(adapter).chain([&BACKING_FILE]).chain(rest).collect()
         }
-        Format::Vpc => [&SIZE].into_iter().chain(&VPC).collect(),
-        Format::Vhdx => [&SIZE].into_iter().chain(&VHDX).collect(),
+        Format::Vpc => [&SIZE, &BACKING_FILE, &BACKING_FORMAT].into_iter().chain(&VPC).collect(),
+        Format::Vhdx => [&SIZE, &BACKING_FILE, &BACKING_FORMAT].into_iter().chain(&VHDX).collect(),
         _ => return None,
     };
     if with_file {
