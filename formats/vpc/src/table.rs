@@ -291,9 +291,9 @@ mod tests {
             let found = survey(&table(entries), &layout(), size, &metadata, limit);
             found.faults.into_iter().map(|fault| fault.index).collect::<Vec<_>>()
         };
-        assert_eq!(faults(&[ABSENT, 4, 13, 22]), []);
-        assert_eq!(faults(&[22, 4, 13]), []);
-        assert_eq!(faults(&[91]), []);
+        assert!(faults(&[ABSENT, 4, 13, 22]).is_empty());
+        assert!(faults(&[22, 4, 13]).is_empty());
+        assert!(faults(&[91]).is_empty());
         assert_eq!(faults(&[92]), [0]);
         assert_eq!(faults(&[3]), [0]);
         assert_eq!(faults(&[0xffff_fffe]), [0]);
