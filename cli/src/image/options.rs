@@ -282,8 +282,9 @@ mod tests {
     fn help_is_aligned_and_sorted() {
         let text = listed(&creatable(Format::Vpc, false).unwrap());
         let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[0].starts_with("  force_size=<bool (on/off)> - "), "{text}");
-        assert!(lines[1].starts_with("  size=<size>            - "), "{text}");
-        assert!(lines[2].starts_with("  subformat=<str>        - "), "{text}");
+        assert!(lines[0].starts_with("  azure=<bool (on/off)>  - "), "{text}");
+        assert!(lines[3].starts_with("  force_size=<bool (on/off)> - "), "{text}");
+        assert!(lines[4].starts_with("  size=<size>            - "), "{text}");
+        assert!(lines[5].starts_with("  subformat=<str>        - "), "{text}");
     }
 }

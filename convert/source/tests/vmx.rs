@@ -143,5 +143,5 @@ fn a_plain_qcow2_disk_is_told_by_its_content() {
     assert_eq!(source.disks[0].open().unwrap().size(), 3 << 20);
     assert!(source.warnings.is_empty(), "{:?}", source.warnings);
     let named = open_disks(&[path], Some("vhdx")).unwrap();
-    assert_eq!(named.disks[0].open().unwrap_err().kind(), ErrorKind::Unsupported);
+    assert_eq!(named.disks[0].open().unwrap_err().kind(), ErrorKind::Corrupt);
 }

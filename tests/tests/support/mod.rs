@@ -209,6 +209,19 @@ impl Running {
         }
     }
 
+    /// Waits until `holds`; whether that came before the program's end.
+    pub(crate) fn reaches(&mut self, limit: Duration, mut holds: impl FnMut() -> bool) -> bool {
+        let begun = Instant::now();
+        while !holds() {
+            if self.child.try_wait().unwrap().is_some() {
+                return false;
+            }
+            assert!(begun.elapsed() < limit, "not in {limit:?}\n{}", self.printed());
+            std::thread::yield_now();
+        }
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_child(&self.child);
