@@ -100,7 +100,7 @@ mod tests {
                 ..Default::default()
             };
             let disk = Qcow2::open(Arc::<MemoryDevice>::clone(&image), open).unwrap();
-            disk.write_at(&[1; 300_000], 70_000).unwrap();
+            disk.write_at(&vec![1; 300_000], 70_000).unwrap();
             disk.finish().unwrap();
             if snapshot {
                 create_snapshot(&*image, "kept", std::time::UNIX_EPOCH).unwrap();
@@ -125,8 +125,8 @@ mod tests {
         let image = Arc::new(MemoryDevice::new(Vec::new()));
         create(&*image, &CreateOptions::new(SIZE)).unwrap();
         let disk = Qcow2::open(Arc::<MemoryDevice>::clone(&image), OpenOptions::default()).unwrap();
-        disk.write_at(&[1; 1 << 20], 0).unwrap();
-        disk.write_at(&[2; 1 << 16], 3 << 20).unwrap();
+        disk.write_at(&vec![1; 1 << 20], 0).unwrap();
+        disk.write_at(&vec![2; 1 << 16], 3 << 20).unwrap();
         disk.write_zeroes(Span::new(0, 1 << 20), tranship_block::Zeroing::MayUnmap).unwrap();
         disk.finish().unwrap();
         give_back(&*image).unwrap();
