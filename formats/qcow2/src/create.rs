@@ -242,7 +242,8 @@ fn lay_out(options: &CreateOptions) -> Result<(Header, Metadata)> {
         .size
         .checked_next_multiple_of(512)
         .ok_or_else(|| Error::usage(format!("a size of {} bytes is too large", options.size)))?;
-    let l1_entries = geometry.l1_entries(size);
+    // A disk without bytes has a table as well: its cluster would belong to nothing.
+    let l1_entries = geometry.l1_entries(size).max(1);
     if l1_entries.saturating_mul(8) > LARGEST_L1 {
         return Err(Error::usage(format!(
             "a size of {size} bytes is too large for clusters of {cluster} bytes"
