@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::AsFd;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use tranship_block::{
     BlockDevice, Error, Extent, ExtentKind, FileRange, Result, Span, Storage, Zeroing,
@@ -20,6 +21,9 @@ static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 /// looks for memory of 2 MiB in one piece, which costs five times what writing does once
 /// memory is fragmented.
 const MOST_BUFFERED: usize = 1 << 20;
+
+/// Bytes of a write that is long enough to keep other writers from spinning.
+const WORTH_WAITING: usize = 64 << 10;
 
 /// Most buffers that one system call takes (`IOV_MAX`).
 const MOST_BUFFERS: usize = 1024;
@@ -67,8 +71,13 @@ impl RawFile {
     }
 
     /// Writes through the page cache.
+    ///
+    /// File systems let one writer at a time into a file, and the kernel has the others
+    /// spin: who waits here leaves the processor to those who read.
     fn write_buffered(&self, buf: &[u8], mut offset: u64) -> Result<()> {
         for part in buf.chunks(MOST_BUFFERED) {
+            let _alone = (part.len() >= WORTH_WAITING)
+                .then(|| self.writer.lock().unwrap_or_else(PoisonError::into_inner));
             self.write_all(&self.file, part, offset)?;
             offset = offset.saturating_add(length(part.len()));
         }

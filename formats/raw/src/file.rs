@@ -33,6 +33,8 @@ pub struct RawFile {
     pub(crate) direct: Option<Direct>,
     /// The image locks that are held.
     pub(crate) lock: Mutex<Option<ImageLock>>,
+    /// Held while bytes go to the page cache.
+    pub(crate) writer: Mutex<()>,
 }
 
 impl RawFile {
@@ -121,6 +123,7 @@ impl RawFile {
             holes: Holes::default(),
             direct: None,
             lock: Mutex::new(None),
+            writer: Mutex::new(()),
         })
     }
 

@@ -4,13 +4,14 @@
 # Measures `tranship image` beside qemu-img: the same job on the same files, in turns, with
 # a warm cache. Writes a Markdown table to target/bench/image/table.md and prints it.
 #
-# BENCH_RUNS (3) runs of each side, the fastest counts; BENCH_GIB (8) is the size of the
+# BENCH_RUNS (3) runs of each side, the fastest counts, and BENCH_SLOW_RUNS (1) of what takes
+# qemu-img more than half a minute; BENCH_GIB (8) is the size of the
 # disk, BENCH_FOLDER where it and the copies go (some three times its size), BENCH_JOBS a
 # pattern of the jobs to run (all).
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-readonly RUNS=${BENCH_RUNS:-3} GIB=${BENCH_GIB:-8} JOBS=${BENCH_JOBS:-.}
+readonly RUNS=${BENCH_RUNS:-3} SLOW=${BENCH_SLOW_RUNS:-1} GIB=${BENCH_GIB:-8} JOBS=${BENCH_JOBS:-.}
 out=${CARGO_TARGET_DIR:-$PWD/target}/bench/image
 tranship=$(realpath "${TRANSHIP_BIN:-${CARGO_TARGET_DIR:-$PWD/target}/release/tranship}")
 folder=${BENCH_FOLDER:-$out/disks}
@@ -77,7 +78,7 @@ job() {
     sync
     [[ ! -w /proc/sys/vm/drop_caches ]] || echo 3 >/proc/sys/vm/drop_caches
     cat -- "$input" >/dev/null
-    for ((round = 0; round < RUNS; round++)); do
+    for ((round = 0; round < ${ROUNDS:-RUNS}; round++)); do
         run "$name|theirs" "${theirs[@]}"
         [[ ! -e target ]] || printf '%s\t%s\n' "$name|theirs" "$(du -k target | cut -f1)" >>"$out/sizes.tsv"
         run "$name|ours" "$@"
@@ -99,14 +100,14 @@ both 'qcow2 to raw' qcow2 convert -f qcow2 -O raw qcow2 target
 both 'vhdx to qcow2' vhdx convert -f vhdx -O qcow2 vhdx target
 both 'vmdk to qcow2' vmdk convert -f vmdk -O qcow2 vmdk target
 both 'raw to vhdx' "$GIB.raw" convert -f raw -O vhdx "$GIB.raw" target
-both 'raw to stream vmdk' "$GIB.raw" convert -f raw -O vmdk -o subformat=streamOptimized "$GIB.raw" target
+ROUNDS=$SLOW both 'raw to stream vmdk' "$GIB.raw" convert -f raw -O vmdk -o subformat=streamOptimized "$GIB.raw" target
 both 'stream vmdk to qcow2' stream.vmdk convert -f vmdk -O qcow2 stream.vmdk target
-both 'raw to qcow2 -c zlib' "$GIB.raw" convert -c -f raw -O qcow2 "$GIB.raw" target
+ROUNDS=$SLOW both 'raw to qcow2 -c zlib' "$GIB.raw" convert -c -f raw -O qcow2 "$GIB.raw" target
 both 'raw to qcow2 -c zstd' "$GIB.raw" convert -c -o compression_type=zstd -f raw -O qcow2 "$GIB.raw" target
 both 'qcow2 zlib to raw' zlib.qcow2 convert -f qcow2 -O raw zlib.qcow2 target
 both 'qcow2 zstd to raw' zstd.qcow2 convert -f qcow2 -O raw zstd.qcow2 target
 both 'compare raw qcow2' "$GIB.raw" compare -f raw -F qcow2 "$GIB.raw" qcow2
-both 'empty 1 TiB vhdx to qcow2' empty.vhdx convert -f vhdx -O qcow2 empty.vhdx target
+ROUNDS=$SLOW both 'empty 1 TiB vhdx to qcow2' empty.vhdx convert -f vhdx -O qcow2 empty.vhdx target
 both 'empty 1 TiB vmdk to qcow2' empty.vmdk convert -f vmdk -O qcow2 empty.vmdk target
 both 'empty 1 TiB vhdx map' empty.vhdx map --output json -f vhdx empty.vhdx
 both 'empty 1 TiB vmdk map' empty.vmdk map --output json -f vmdk empty.vmdk
