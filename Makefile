@@ -40,6 +40,7 @@ bench: build fixtures bench-image ## Measure against virt-v2v, libguestfs and qe
 
 .PHONY: bench-image
 bench-image: build ## Measure `tranship image` against qemu-img alone; takes 20 GiB of disk
+	@tests/setup.sh bench
 	@tests/bench/image/run.sh
 
 .PHONY: fuzz

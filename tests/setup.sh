@@ -18,7 +18,7 @@ readonly TEST=(
     e2fsprogs:mke2fs xfsprogs:mkfs.xfs btrfs-progs:mkfs.btrfs dosfstools:mkfs.vfat ntfs-3g:mkfs.ntfs
     lvm2:lvm mdadm:mdadm cryptsetup-bin:cryptsetup
     fdisk:sfdisk gdisk:sgdisk util-linux:unshare
-    busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4
+    busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4 bzip2:bzip2
     libnbd-bin:nbdinfo nbdkit:nbdkit
 )
 readonly CHECK=(shellcheck:shellcheck)
