@@ -335,3 +335,48 @@ fn an_image_in_use_is_not_changed() {
     }
     kill(child, Signal::KILL);
 }
+
+#[test]
+fn children_of_vhd_and_vhdx_are_made_filled_and_read() {
+    let Some(bench) = Bench::new() else { return };
+    for format in ["vpc", "vhdx"] {
+        bench.run(&format!("convert -f raw -O {format} disk.raw base.{format}"), 0);
+        bench.run(
+            &format!("create -q -f {format} -b base.{format} -F {format} child.{format} 24M"),
+            0,
+        );
+        let found = bench.run(&format!("compare -f raw disk.raw child.{format}"), 0);
+        assert!(found.contains("identical"), "{found}");
+        bench.run(
+            &format!(
+                "convert -O {format} -B base.{format} -F {format} child.{format} copy.{format}"
+            ),
+            0,
+        );
+        bench.run(&format!("compare copy.{format} child.{format}"), 0);
+        fs::remove_file(bench.path(&format!("base.{format}"))).unwrap();
+        bench.run(&format!("compare copy.{format} child.{format}"), 2);
+    }
+}
+
+#[test]
+fn a_vhd_for_azure_is_fixed_and_ends_at_a_whole_mib() {
+    let Some(bench) = Bench::new() else { return };
+    bench.run("create -q -f vpc -o azure=on small.vhd 3M", 0);
+    assert_eq!(fs::metadata(bench.path("small.vhd")).unwrap().len(), (20 << 20) + 512);
+    bench.run("create -q -f vpc -o azure=on odd.vhd 21000000", 0);
+    assert_eq!(fs::metadata(bench.path("odd.vhd")).unwrap().len(), (21 << 20) + 512);
+    bench.run("create -q -f vpc -o azure=on,subformat=dynamic bad.vhd 30M", 1);
+}
+
+#[test]
+fn statistics_add_up_to_the_disk() {
+    let Some(bench) = Bench::new() else { return };
+    bench.run("convert -O qcow2 --statistics s.json disk.raw t.q", 0);
+    let text = fs::read(bench.path("s.json")).unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let sum = |names: [&str; 2]| names.map(|name| told["copied"][name].as_u64().unwrap());
+    assert_eq!(sum(["bytes_written", "bytes_zero"]), [22 << 20, 2 << 20]);
+    assert_eq!(told["source"]["reads"]["bytes"], told["copied"]["bytes_read"]);
+    assert_eq!(told["target"]["writes"]["bytes"], told["copied"]["bytes_written"]);
+}
