@@ -7,7 +7,8 @@
 # BENCH_RUNS (3) runs of each side, the fastest counts, and BENCH_SLOW_RUNS (1) of what takes
 # qemu-img more than half a minute; BENCH_GIB (8) is the size of the
 # disk, BENCH_FOLDER where it and the copies go (some three times its size), BENCH_JOBS a
-# pattern of the jobs to run (all).
+# pattern of the jobs to run (all), BENCH_KEEP=1 adds to the runs of before. On machines that
+# give unused memory back to their host, the kernel's part of identical runs varies by three.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
@@ -18,7 +19,7 @@ folder=${BENCH_FOLDER:-$out/disks}
 measure=$PWD/tests/bench/measure
 mkdir -p "$out" "$folder"
 record=$out/record.tsv
-: >"$record"
+[[ -n ${BENCH_KEEP:-} ]] || : >"$record"
 
 say() { printf '    %s\n' "$*" >&2; }
 
@@ -73,10 +74,6 @@ job() {
     done
     shift
     say "$name"
-    # Memory as it is after a start, with the input in it: the page cache of the jobs before
-    # would make this one pay for its eviction.
-    sync
-    [[ ! -w /proc/sys/vm/drop_caches ]] || echo 3 >/proc/sys/vm/drop_caches
     cat -- "$input" >/dev/null
     for ((round = 0; round < ${ROUNDS:-RUNS}; round++)); do
         run "$name|theirs" "${theirs[@]}"
@@ -94,7 +91,7 @@ both() {
     job "$name" "$input" qemu-img "$@" -- "$tranship" image "$@"
 }
 
-: >"$out/sizes.tsv"
+[[ -n ${BENCH_KEEP:-} ]] || : >"$out/sizes.tsv"
 both 'raw to qcow2' "$GIB.raw" convert -f raw -O qcow2 "$GIB.raw" target
 both 'qcow2 to raw' qcow2 convert -f qcow2 -O raw qcow2 target
 both 'vhdx to qcow2' vhdx convert -f vhdx -O qcow2 vhdx target
@@ -136,8 +133,8 @@ job 'qcow2 to raw beside cp' qcow2 cp --sparse=always "$GIB.raw" target -- \
             for (i = 1; i <= count; i++) {
                 t = order[i] "|theirs"; o = order[i] "|ours"
                 printf "| %s | %.2f s | %.2f s | %.1f× | %.2f s | %.2f s | %.0f | %s |\n", order[i],
-                    wall[t], wall[o], wall[t] / (wall[o] > 0 ? wall[o] : 0.01), cpu[t], cpu[o], rss[o],
-                    (t in size) && size[t] > 0 ? sprintf("%.2f", size[o] / size[t]) : "–"
+                    wall[t], wall[o], wall[t] / (wall[o] + 0 ? wall[o] : 0.01), cpu[t], cpu[o], rss[o],
+                    ((t in size) && (size[t] > 0)) ? sprintf("%.2f", size[o] / size[t]) : "–"
             }
         }' "$out/sizes.tsv" "$record"
 } | tee "$out/table.md"
