@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash
 # Images of every format and state that the cases name.
 io() { qemu-io "$@" >/dev/null; }
 mkdir x

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
+# shellcheck shell=bash
 # Images and chains that the cases move.
 io() { qemu-io "$@" >/dev/null; }
 mkdir x
