@@ -88,7 +88,13 @@ fn write(folder: &Path, name: &str, bytes: &[u8]) -> PathBuf {
 fn refused(members: &[(&str, &[u8])]) -> (ErrorKind, String) {
     let folder = tempfile::tempdir().unwrap();
     let error = open_ova(&write(folder.path(), "x.ova", &tar(members))).unwrap_err();
-    (error.kind(), error.to_string())
+    (error.kind(), whole(&error))
+}
+
+/// An error with its causes.
+fn whole(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[test]
@@ -223,7 +229,8 @@ fn compressed_archives_name_the_remedy() {
         bytes.resize(700, 1);
         let error = open_ova(&write(folder.path(), "x.ova", &bytes)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains(&format!("compressed with {name}: unpack")), "{error}");
+        let text = whole(&error);
+        assert!(text.contains(&format!("compressed with {name}: unpack")), "{text}");
     }
 }
 
@@ -268,7 +275,7 @@ fn a_cut_archive_names_the_member_and_what_is_missing() {
             assert!(result.is_ok(), "only padding is missing");
             continue;
         }
-        let error = result.unwrap_err().to_string();
+        let error = self::whole(&result.unwrap_err());
         if len >= data {
             let missing = format!("{} bytes are missing", data + SIZE - len);
             assert!(error.contains("\"disk.img\"") && error.contains(&missing), "{error}");

@@ -2,10 +2,11 @@
 //! Opening an image together with what it is based on.
 
 mod formats;
+mod member;
 
 use crate::layer::{Disk, Layer, Opened};
 use crate::null::NullDevice;
-use crate::spec::{Below, NbdAddress, NbdServer, SliceOf, Spec};
+use crate::spec::{Below, Member, NbdAddress, NbdServer, SliceOf, Spec};
 use crate::{FolderGate, Format, Secrets, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,7 @@ use tranship_block::{
 };
 use tranship_nbd::{Address, ClientOptions, Remote};
 use tranship_raw::{Access, ImageLock, RawFile};
+use tranship_tar::is_tar;
 
 /// Images in a chain: QEMU has no limit, and overflows its stack instead.
 const DEEPEST: usize = 64;
@@ -202,7 +204,18 @@ impl<'a> Walk<'a> {
                 (remote.clone(), Some(remote))
             }
         };
-        let format = match spec.format.or(format) {
+        let given = spec.format.or(format).or(self.options.format);
+        let wanted = match &spec.member {
+            // An archive is a package of disks, unless its user says that it is a raw disk.
+            None if given.is_none() && spec.slice.is_none() && is_tar(&*file)? => {
+                Some(&Member::OnlyDisk)
+            }
+            wanted => wanted.as_ref(),
+        };
+        if let Some(wanted) = wanted {
+            return self.member(spec, wanted, (file, path), read_only, given);
+        }
+        let format = match given {
             Some(format) => format,
             None => self.first_format(&file, path)?,
         };

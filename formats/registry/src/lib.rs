@@ -30,6 +30,6 @@ pub use gate::FolderGate;
 pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
 pub use secrets::Secrets;
-pub use spec::{Below, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
+pub use spec::{Below, Member, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
 pub use staged::Staged;
 pub use tranship_raw::Preallocation as RawPreallocation;

@@ -21,6 +21,8 @@ pub struct Spec {
     pub place: Place,
     /// Its format; to be guessed if it is not given.
     pub format: Option<Format>,
+    /// The member of the tar archive in the file that is the image.
+    pub member: Option<Member>,
     /// The part of the file that is the disk; for raw disks only.
     pub slice: Option<SliceOf>,
     /// What the image is based on.
@@ -70,6 +72,15 @@ pub enum NbdServer {
     },
 }
 
+/// Which member of a tar archive is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Member {
+    /// The only disk that is there.
+    OnlyDisk,
+    /// The one of this name.
+    Named(String),
+}
+
 /// A part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SliceOf {
@@ -113,6 +124,7 @@ impl Spec {
             name,
             place,
             format: None,
+            member: None,
             slice: None,
             backing: Below::AsTheImageSays,
             key_secret: None,
@@ -120,7 +132,8 @@ impl Spec {
         }
     }
 
-    /// The image that `name` means: a path, `json:{…}`, `file:…`, `nbd:…` or a URI of NBD.
+    /// The image that `name` means: a path, `json:{…}`, `file:…`, `nbd:…`, a URI of NBD, or
+    /// a member of an archive, `tar:PATH[:member=NAME]`.
     ///
     /// # Errors
     ///
@@ -136,6 +149,7 @@ impl Spec {
         };
         let place = match protocol {
             "file" => Place::File(PathBuf::from(rest)),
+            "tar" => return Ok(tar_member(name, rest)),
             "nbd" | "nbds" | "nbd+tcp" | "nbds+tcp" | "nbd+unix" | "nbds+unix" => {
                 Place::Nbd(nbd_address(protocol, rest)?)
             }
@@ -184,6 +198,14 @@ impl Spec {
                 let path = path.strip_prefix("file:").unwrap_or(&path).to_owned();
                 Self::at(name.to_owned(), Place::File(PathBuf::from(path)))
             }
+            Some("tar") => {
+                let path = options
+                    .take("filename")
+                    .ok_or_else(|| Error::usage("block driver 'tar' needs option 'filename'"))?;
+                let member = options.take("member").map_or(Member::OnlyDisk, Member::Named);
+                let place = Place::File(PathBuf::from(path));
+                Self { member: Some(member), ..Self::at(name.to_owned(), place) }
+            }
             Some("nbd") => Self::at(name.to_owned(), Place::Nbd(nbd_options(&mut options)?)),
             Some("null-co" | "null-aio") => {
                 let size = number(&mut options, "size")?.unwrap_or(1 << 30);
@@ -227,6 +249,7 @@ impl Spec {
             }
         };
         let mut spec = Self::at(name.to_owned(), file.place);
+        spec.member = file.member;
         spec.slice = file.slice;
         spec.format = Some(format);
         if format == Format::Raw {
@@ -301,6 +324,16 @@ fn nbd_options(options: &mut Nested) -> Result<NbdAddress> {
 
 fn port_of(text: &str) -> Result<u16> {
     text.parse().map_err(|_| Error::usage(format!("port is {text:?}, expected 1 to 65535")))
+}
+
+/// `tar:PATH[:member=NAME]`.
+fn tar_member(name: &str, rest: &str) -> Spec {
+    let (path, member) = match rest.split_once(":member=") {
+        Some((path, member)) => (path, Member::Named(member.to_owned())),
+        None => (rest, Member::OnlyDisk),
+    };
+    let place = Place::File(PathBuf::from(path));
+    Spec { member: Some(member), ..Spec::at(name.to_owned(), place) }
 }
 
 /// `nbd:unix:PATH[:exportname=X]`, `nbd:HOST:PORT[:exportname=X]`, and the URIs.
