@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Words that make and change images, and what the images are like afterwards.
 
-use crate::{Case, Programs, differs, same};
-use serde_json::Value;
-use std::path::Path;
+use crate::{Case, differs, same};
 
 /// Words one after another, in fresh folders.
 pub(crate) struct Row {
@@ -20,61 +18,6 @@ const fn makes(result: &'static str, cases: &'static [Case]) -> Row {
 /// Only the words matter.
 const fn says(cases: &'static [Case]) -> Row {
     Row { cases, result: None }
-}
-
-/// Facts that do not depend on how an image is laid out.
-const FACTS: &[&str] = &[
-    "virtual-size",
-    "format",
-    "cluster-size",
-    "backing-filename",
-    "backing-filename-format",
-    "dirty-flag",
-];
-
-/// The same, of QCOW2 and VMDK images.
-const SPECIFIC: &[&str] = &[
-    "compat",
-    "compression-type",
-    "lazy-refcounts",
-    "refcount-bits",
-    "corrupt",
-    "extended-l2",
-    "bitmaps",
-    "data-file",
-    "data-file-raw",
-    "create-type",
-];
-
-/// What qemu-img finds different about the two images.
-pub(crate) fn differing(programs: &Programs, image: &str, folders: [&Path; 2]) -> Option<String> {
-    let facts = folders.map(|folder| {
-        let (outcome, stderr) = programs.run(false, &format!("info --output json {image}"), folder);
-        let value: Value = serde_json::from_str(&outcome.stdout).unwrap_or(Value::Null);
-        let pick = |names: &[&str], value: &Value| -> Vec<String> {
-            names.iter().map(|name| format!("{name}: {}", value[name])).collect()
-        };
-        let mut facts = pick(FACTS, &value);
-        facts.extend(pick(SPECIFIC, &value["format-specific"]["data"]));
-        for snapshot in value["snapshots"].as_array().into_iter().flatten() {
-            facts.push(format!("snapshot {} {}", snapshot["id"], snapshot["name"]));
-        }
-        facts.push(stderr);
-        facts
-    });
-    if facts[0] != facts[1] {
-        return Some(format!(
-            "{image} differs\n--- real: {:#?}\n--- ours: {:#?}",
-            facts[1], facts[0]
-        ));
-    }
-    let (checked, stderr) = programs.run(false, &format!("check {image}"), folders[0]);
-    if !matches!(checked.code, Some(0 | 63)) {
-        return Some(format!("{image} is not clean: {checked:?}\n{stderr}"));
-    }
-    let [ours, theirs] = folders.map(|folder| folder.join(image).display().to_string());
-    let (compared, stderr) = programs.run(false, &format!("compare {ours} {theirs}"), folders[0]);
-    (compared.code != Some(0)).then(|| format!("{image} reads differently: {compared:?}\n{stderr}"))
 }
 
 pub(crate) const ROWS: &[Row] = &[

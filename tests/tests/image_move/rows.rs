@@ -1,12 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Words that move what is in images, and the images that have to come out the same.
 
-/// Words that both programs get.
-pub(crate) struct Case {
-    pub(crate) words: &'static str,
-    /// Why the outcome is another one here.
-    pub(crate) differs: Option<&'static str>,
-}
+use crate::{Case, differs, same};
 
 /// Words one after another, in fresh folders.
 pub(crate) struct Row {
@@ -15,14 +10,6 @@ pub(crate) struct Row {
     pub(crate) results: &'static [&'static str],
     /// The same files are there afterwards.
     pub(crate) is_strict: bool,
-}
-
-const fn same(words: &'static str) -> Case {
-    Case { words, differs: None }
-}
-
-const fn differs(words: &'static str, because: &'static str) -> Case {
-    Case { words, differs: Some(because) }
 }
 
 /// The images `results` have to come out the same.
