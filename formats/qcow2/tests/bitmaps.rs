@@ -7,9 +7,9 @@ mod support;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use support::{open, pattern};
+use support::open;
 use tranship_block::{BlockDevice, ErrorKind, Repair, Span, Storage, Zeroing};
-use tranship_format_testing::{has_tool, qemu_img};
+use tranship_format_testing::{has_tool, pattern, qemu_img};
 use tranship_qcow2::{
     BitmapContent, add_bitmap, bitmaps, check, clear_bitmap, disable_bitmap, enable_bitmap,
     merge_bitmap, remove_bitmap,

@@ -5,9 +5,8 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use support::pattern;
 use tranship_block::{BlockDevice, CheckReport, Repair, Storage};
-use tranship_format_testing::{has_tool, qemu_img, qemu_img_status, samples};
+use tranship_format_testing::{has_tool, pattern, qemu_img, qemu_img_status, samples};
 use tranship_qcow2::{check, check_read_only};
 use tranship_raw::{Access, RawFile};
 

@@ -8,9 +8,9 @@ use proptest::prelude::*;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 use std::time::UNIX_EPOCH;
-use support::{open, options, pattern};
+use support::{open, options};
 use tranship_block::{BlockDevice, MemoryDevice, Repair, Span, Storage, Zeroing};
-use tranship_format_testing::{damaged, exercise, has_tool, qemu_img_status};
+use tranship_format_testing::{damaged, exercise, has_tool, pattern, qemu_img_status};
 use tranship_qcow2::{
     Amendments, BitmapContent, OpenOptions, Qcow2, ResizeOptions, add_bitmap, amend,
     apply_snapshot, bitmaps, check, check_read_only, create, create_snapshot, delete_snapshot,

@@ -6,10 +6,11 @@ mod support;
 
 use proptest::prelude::*;
 use std::sync::{Arc, LazyLock};
-use support::{contents, in_memory, open, pattern};
+use support::{in_memory, open};
 use tranship_block::{
     BlockDevice, ErrorKind, Extents, MemoryDevice, Repair, Span, Storage, Zeroing,
 };
+use tranship_format_testing::{contents, pattern};
 use tranship_qcow2::{Header, OpenOptions, Qcow2, check, check_read_only};
 
 /// A good image of 1 MiB: header, refcount table, L1 table and refcount block in the

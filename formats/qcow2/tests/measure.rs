@@ -2,11 +2,8 @@
 //! Sizes are those that qemu-img measures.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
-mod support;
-
 use std::path::Path;
-use support::pattern;
-use tranship_format_testing::{has_tool, qemu_img};
+use tranship_format_testing::{has_tool, pattern, qemu_img};
 use tranship_qcow2::{MeasureOptions, bitmaps, measure, measure_bitmaps};
 use tranship_raw::{Access, RawFile};
 

@@ -6,27 +6,10 @@ mod support;
 
 use proptest::prelude::*;
 use std::sync::Arc;
-use support::{Op, apply, contents, in_memory, open, options, pattern};
-use tranship_block::{
-    BlockDevice, ErrorKind, Extents, MemoryDevice, Span, Storage, Zeroing, is_zero,
-};
+use support::{apply, in_memory, open, options};
+use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Span, Storage, Zeroing};
+use tranship_format_testing::{Op, contents, operations, pattern};
 use tranship_qcow2::{Backing, OpenOptions, Qcow2, check_read_only, create};
-
-fn op(size: u64, cluster: u64) -> impl Strategy<Value = Op> {
-    let len = (cluster * 3).min(size);
-    let mode = prop_oneof![Just(Zeroing::MayUnmap), Just(Zeroing::KeepAllocated)];
-    // Half of the ranges are whole clusters, for which other paths are taken.
-    let range = (0..size, 1..len, any::<bool>()).prop_map(move |(at, len, whole)| {
-        if whole { (at / cluster * cluster, len.next_multiple_of(cluster)) } else { (at, len) }
-    });
-    prop_oneof![
-        6 => (range.clone(), any::<u64>()).prop_map(|((at, len), seed)| Op::Write(at, len as usize, seed)),
-        2 => (range.clone(), mode).prop_map(|((at, len), mode)| Op::Zero(at, len, mode)),
-        2 => range.prop_map(|(at, len)| Op::Discard(at, len)),
-        1 => Just(Op::Flush),
-        1 => Just(Op::Reopen),
-    ]
-}
 
 /// Cluster size, disk size, size of the backing image.
 fn shape() -> impl Strategy<Value = (u32, u64, Option<u64>)> {
@@ -49,16 +32,7 @@ fn shape() -> impl Strategy<Value = (u32, u64, Option<u64>)> {
 }
 
 fn verify(image: &Qcow2, model: &[u8]) {
-    assert!(contents(image) == model, "contents differ");
-    let mut covered = 0;
-    for run in Extents::new(image, Span::new(0, u64::MAX)) {
-        let (span, kind) = run.unwrap();
-        assert_eq!(span.start, covered);
-        covered = span.end();
-        let bytes = &model[span.start as usize..covered as usize];
-        assert!(!kind.reads_zero() || is_zero(bytes), "{span:?} is {kind:?}, but has data");
-    }
-    assert_eq!(covered, image.size());
+    tranship_format_testing::verify(image, model);
     let report = image.check().unwrap();
     assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.details);
 }
@@ -68,7 +42,7 @@ proptest! {
     #[test]
     fn same_bytes_as_memory(
         ((bits, size, backing), ops) in shape().prop_flat_map(|shape| {
-            (Just(shape), prop::collection::vec(op(shape.1, 1 << shape.0), 1..30))
+            (Just(shape), operations(shape.1, 1 << shape.0, 30))
         })
     ) {
         let storage: Arc<dyn Storage> = in_memory(size, bits);

@@ -6,8 +6,9 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use support::{Op, apply, contents, has_qemu_img, open, options, pattern, qemu_img, raw_by_qemu};
+use support::{apply, open, options};
 use tranship_block::{BlockDevice, Span, Storage, Zeroing};
+use tranship_format_testing::{Op, contents, has_tool, pattern, qemu_img, raw_by_qemu};
 use tranship_qcow2::{Qcow2, check_read_only, create};
 use tranship_raw::{Access, RawFile};
 
@@ -58,7 +59,7 @@ fn clean_by_qemu(image: &Path) {
 
 #[test]
 fn images_made_by_qemu_read_and_change_alike() {
-    if !has_qemu_img() {
+    if !has_tool("qemu-img") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -96,7 +97,10 @@ fn images_made_by_qemu_read_and_change_alike() {
         change(&image, &mut model, cluster);
         drop(image);
         clean_by_qemu(&path);
-        assert!(raw_by_qemu(folder.path(), &path) == model, "{name}: qemu sees other contents");
+        assert!(
+            raw_by_qemu("qcow2", folder.path(), &path) == model,
+            "{name}: qemu sees other contents"
+        );
         let report = check_read_only(&read_only(&path)).unwrap();
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{name}: {:?}", report.details);
     }
@@ -104,7 +108,7 @@ fn images_made_by_qemu_read_and_change_alike() {
 
 #[test]
 fn the_refcount_table_grows_where_qemu_made_it_small() {
-    if !has_qemu_img() {
+    if !has_tool("qemu-img") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -120,7 +124,7 @@ fn the_refcount_table_grows_where_qemu_made_it_small() {
     }
     drop(image);
     clean_by_qemu(&path);
-    assert!(raw_by_qemu(folder.path(), &path) == model);
+    assert!(raw_by_qemu("qcow2", folder.path(), &path) == model);
 }
 
 fn snapshot(action: &str, path: &Path) {
@@ -129,7 +133,7 @@ fn snapshot(action: &str, path: &Path) {
 
 #[test]
 fn a_snapshot_keeps_its_contents_when_the_active_image_changes() {
-    if !has_qemu_img() {
+    if !has_tool("qemu-img") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -149,16 +153,16 @@ fn a_snapshot_keeps_its_contents_when_the_active_image_changes() {
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.details);
         drop(image);
         clean_by_qemu(&path);
-        assert!(raw_by_qemu(folder.path(), &path) == model, "active image");
+        assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "active image");
         snapshot("-a", &path);
         clean_by_qemu(&path);
-        assert!(raw_by_qemu(folder.path(), &path) == disk(), "snapshot");
+        assert!(raw_by_qemu("qcow2", folder.path(), &path) == disk(), "snapshot");
     }
 }
 
 #[test]
 fn overlays_hide_and_show_their_backing_file_alike() {
-    if !has_qemu_img() {
+    if !has_tool("qemu-img") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -181,13 +185,13 @@ fn overlays_hide_and_show_their_backing_file_alike() {
         assert!(contents(&image) == model);
         drop(image);
         clean_by_qemu(&path);
-        assert!(raw_by_qemu(folder.path(), &path) == model, "compat {compat}");
+        assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "compat {compat}");
     }
 }
 
 #[test]
 fn images_made_here_are_good_for_qemu() {
-    if !has_qemu_img() {
+    if !has_tool("qemu-img") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -205,6 +209,6 @@ fn images_made_here_are_good_for_qemu() {
         change(&image, &mut model, 1 << bits);
         drop(image);
         clean_by_qemu(&path);
-        assert!(raw_by_qemu(folder.path(), &path) == model, "cluster_bits {bits}");
+        assert!(raw_by_qemu("qcow2", folder.path(), &path) == model, "cluster_bits {bits}");
     }
 }

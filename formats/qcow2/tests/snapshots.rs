@@ -7,9 +7,9 @@ mod support;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use support::{contents, open, options, pattern};
+use support::{open, options};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Repair, Storage};
-use tranship_format_testing::{PowerCut, has_tool, qemu_img, raw_by_qemu};
+use tranship_format_testing::{PowerCut, contents, has_tool, pattern, qemu_img, raw_by_qemu};
 use tranship_qcow2::{
     CreateOptions, OpenOptions, Qcow2, apply_snapshot, check, check_read_only, create,
     create_snapshot, delete_snapshot, snapshots,
