@@ -3,6 +3,7 @@
 //! are stored in order by whoever has the one that is next.
 
 use super::piece::{Done, Reader, load, part};
+use super::runs::plan;
 use super::work::{Kind, Piece, Plan, Run, Work};
 use super::{Copied, CopyObserver, CopyOptions, check, failed, grid};
 use crate::manifest::hash_chunk;
@@ -194,7 +195,9 @@ impl Job<'_> {
         let runs = if single {
             piece.runs.clone()
         } else {
-            load(&reader, piece, buffer, self.unit, least, &mut done)?
+            let runs = load(&reader, piece, buffer, self.unit, least, &mut done)?;
+            // It looks for zeroes in steps that a unit may be longer than.
+            plan(&Piece { runs }, self.unit, 0)
         };
         if let Some(chunk) = options.hash.filter(|_| !single) {
             let end = self.source.size().min(span.end());

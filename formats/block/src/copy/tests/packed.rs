@@ -157,6 +157,20 @@ proptest! {
     }
 }
 
+#[test]
+fn units_that_are_longer_than_a_step_are_whole() {
+    for data in [0..1, 700_000..700_001, (1 << 20) - 1..(1 << 20) + 1, 4_500_000..4_500_001] {
+        let mut bytes = vec![0; 4_600_000];
+        bytes[data.clone()].fill(7);
+        let source = MemoryDevice::read_only(bytes.clone());
+        for unit in [1 << 20, 2 << 20] {
+            let target = tape(vec![0; bytes.len()], unit);
+            copy_packed(&source, &target, &CopyOptions::default(), &()).unwrap();
+            assert!(target.bytes.into_inner().unwrap() == bytes, "{data:?} {unit}");
+        }
+    }
+}
+
 fn deepest(deeper: Option<(u64, u64)>) -> Option<u32> {
     deeper.map(|_| 0)
 }
