@@ -19,6 +19,7 @@ mod error;
 mod extent;
 mod fields;
 mod gate;
+mod lower;
 mod manifest;
 mod measure;
 mod memory;
@@ -40,6 +41,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind, Extents, Span};
 pub use fields::{BigEndian, LittleEndian};
 pub use gate::{DenyAll, Gate, Request};
+pub use lower::Lower;
 pub use manifest::{
     Digest, HashedChunk, MANIFEST_CHUNK, ManifestHeader, ManifestReader, ManifestSummary,
     ManifestWriter, Verified, VerifyOptions, verify,

@@ -5,7 +5,7 @@ use crate::header::Header;
 use crate::table::{Cache, PIECE, Piece, read};
 use std::collections::HashSet;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Zeroing};
+use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Lower, Result, Span, Zeroing};
 
 /// Pieces of tables that one query looks at: a caller who asks again and again from nearby
 /// offsets stays linear.
@@ -30,7 +30,7 @@ pub struct Qed {
     header: Header,
     l1: Vec<u64>,
     cache: Cache,
-    backing: Option<Arc<dyn BlockDevice>>,
+    backing: Lower,
     /// Whether entries that lead nowhere read as zero.
     salvage: bool,
     warnings: Vec<String>,
@@ -82,7 +82,7 @@ impl Qed {
             header,
             l1,
             cache: Cache::default(),
-            backing: options.backing,
+            backing: Lower::new(options.backing),
             salvage: options.salvage,
             warnings,
         };
@@ -249,26 +249,6 @@ impl Qed {
             place => (place, len),
         })
     }
-
-    fn read_below(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let Some(backing) = &self.backing else {
-            buf.fill(0);
-            return Ok(());
-        };
-        let left = backing.size().saturating_sub(offset);
-        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
-        let (there, beyond) = buf.split_at_mut(len);
-        beyond.fill(0);
-        if there.is_empty() { Ok(()) } else { backing.read_at(there, offset) }
-    }
-
-    fn extent_below(&self, offset: u64, len: u64) -> Result<Extent> {
-        let backing = self.backing.as_ref().filter(|backing| offset < backing.size());
-        let Some(backing) = backing else { return Ok(Extent::new(ExtentKind::Hole, len)) };
-        let mut extent = backing.extent_at(offset)?.limited_to(len);
-        extent.depth = extent.depth.saturating_add(1);
-        Ok(extent)
-    }
 }
 
 impl BlockDevice for Qed {
@@ -292,7 +272,7 @@ impl BlockDevice for Qed {
             let len = usize::try_from(len).unwrap_or(usize::MAX).min(buf.len());
             let (now, rest) = buf.split_at_mut(len);
             match place {
-                Place::Below => self.read_below(now, offset)?,
+                Place::Below => self.backing.read_at(now, offset)?,
                 Place::Zero => now.fill(0),
                 Place::Stored(at) => self.file.read_at(now, at)?,
             }
@@ -314,7 +294,7 @@ impl BlockDevice for Qed {
         Span::new(offset, 1).check_within(self.size())?;
         let (place, len) = self.locate(offset, self.size().saturating_sub(offset))?;
         match place {
-            Place::Below => self.extent_below(offset, len),
+            Place::Below => self.backing.extent_at(offset, len),
             Place::Zero => Ok(Extent::new(ExtentKind::Zero, len)),
             Place::Stored(at) => Ok(Extent::new(ExtentKind::Data, len).mapped_to(at)),
         }

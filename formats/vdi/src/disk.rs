@@ -3,7 +3,7 @@
 
 use crate::header::{Header, Kind, format_uuid};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Result, Span, Zeroing};
+use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Lower, Result, Span, Zeroing};
 
 /// The entry of a block that the image does not have.
 const ABSENT: u32 = u32::MAX;
@@ -44,7 +44,7 @@ pub struct Vdi {
     file: Arc<dyn BlockDevice>,
     header: Header,
     map: Vec<u32>,
-    parent: Option<Arc<dyn BlockDevice>>,
+    parent: Lower,
     warnings: Vec<String>,
 }
 
@@ -74,7 +74,7 @@ impl Vdi {
             warnings.push(error.to_string());
         }
         let map = read_map(&file, &header)?;
-        let parent = options.parent.map(|parent| parent.device);
+        let parent = Lower::new(options.parent.map(|parent| parent.device));
         let mut disk = Self { file, header, map, parent, warnings };
         disk.check_blocks(options.salvage)?;
         Ok(disk)
@@ -166,26 +166,6 @@ impl Vdi {
         let run = u64::try_from(more).unwrap_or(0).saturating_add(1).saturating_mul(block);
         (place, run.saturating_sub(within).min(most))
     }
-
-    fn read_below(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let Some(parent) = &self.parent else {
-            buf.fill(0);
-            return Ok(());
-        };
-        let left = parent.size().saturating_sub(offset);
-        let len = usize::try_from(left).unwrap_or(usize::MAX).min(buf.len());
-        let (there, beyond) = buf.split_at_mut(len);
-        beyond.fill(0);
-        if there.is_empty() { Ok(()) } else { parent.read_at(there, offset) }
-    }
-
-    fn extent_below(&self, offset: u64, len: u64) -> Result<Extent> {
-        let parent = self.parent.as_ref().filter(|parent| offset < parent.size());
-        let Some(parent) = parent else { return Ok(Extent::new(ExtentKind::Hole, len)) };
-        let mut extent = parent.extent_at(offset)?.limited_to(len);
-        extent.depth = extent.depth.saturating_add(1);
-        Ok(extent)
-    }
 }
 
 fn check_parent(header: &Header, parent: Option<&Parent>) -> Result<()> {
@@ -258,7 +238,7 @@ impl BlockDevice for Vdi {
             let len = usize::try_from(len).unwrap_or(usize::MAX).min(buf.len());
             let (now, rest) = buf.split_at_mut(len);
             match place {
-                Place::Below => self.read_below(now, offset)?,
+                Place::Below => self.parent.read_at(now, offset)?,
                 Place::Zero => now.fill(0),
                 Place::Stored(at) => self.file.read_at(now, at)?,
             }
@@ -280,7 +260,7 @@ impl BlockDevice for Vdi {
         Span::new(offset, 1).check_within(self.size())?;
         let (place, len) = self.locate(offset, self.size().saturating_sub(offset));
         match place {
-            Place::Below => self.extent_below(offset, len),
+            Place::Below => self.parent.extent_at(offset, len),
             Place::Zero => Ok(Extent::new(ExtentKind::Zero, len)),
             Place::Stored(at) => Ok(Extent::new(ExtentKind::Data, len).mapped_to(at)),
         }
