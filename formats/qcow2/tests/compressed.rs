@@ -2,8 +2,10 @@
 //! Compressed clusters, written here and by qemu-img, in new images and in old ones.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
-use std::path::Path;
+mod support;
+
 use std::sync::Arc;
+use support::{clean, save};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, PackedTarget, PackedUnit, is_zero};
 use tranship_format_testing::{
     Op, apply, contents, has_tool, pattern, qemu_img, qemu_img_status, raw_by_qemu, verify,
@@ -13,11 +15,6 @@ use tranship_qcow2::{
 };
 
 const SIZE: usize = (5 << 20) + 512 * 3;
-
-/// What was made in memory, for qemu-img.
-fn save(storage: &MemoryDevice, path: &Path) {
-    std::fs::write(path, storage.snapshot()).unwrap();
-}
 
 /// Text, noise, runs of one byte and zeroes.
 fn disk() -> Vec<u8> {
@@ -65,16 +62,6 @@ fn pack(target: &PackedQcow2, disk: &[u8]) {
     for (arena, units) in &all {
         target.store(arena, units).unwrap();
     }
-}
-
-fn clean(path: &Path, name: &str) {
-    let output = qemu_img_status(&["check", "-f", "qcow2"], &[path]);
-    assert!(
-        output.status.success(),
-        "{name}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[test]

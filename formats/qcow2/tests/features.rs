@@ -3,8 +3,11 @@
 //! and for qemu-img.
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
+mod support;
+
 use std::path::Path;
 use std::sync::Arc;
+use support::{clean, save};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Span, Storage, Zeroing};
 use tranship_format_testing::{
     Op, apply, contents, has_tool, pattern, qemu_img, qemu_img_status, raw_by_qemu, verify,
@@ -90,21 +93,6 @@ fn kinds() -> Vec<(String, CreateOptions)> {
     let lazy = CreateOptions { lazy_refcounts: true, ..CreateOptions::new(SIZE) };
     kinds.push(("lazy".to_owned(), lazy));
     kinds
-}
-
-/// What was made in memory, for qemu-img.
-fn save(storage: &MemoryDevice, path: &Path) {
-    std::fs::write(path, storage.snapshot()).unwrap();
-}
-
-fn clean(path: &Path, name: &str) {
-    let output = qemu_img_status(&["check", "-f", "qcow2"], &[path]);
-    assert!(
-        output.status.success(),
-        "{name}: {}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[test]

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use std::sync::Arc;
 use support::{apply, in_memory, open, options};
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Span, Storage, Zeroing};
-use tranship_format_testing::{Op, contents, operations, pattern};
+use tranship_format_testing::{Op, contents, operations, pattern, write_from_threads};
 use tranship_qcow2::{Backing, OpenOptions, Qcow2, check_read_only, create};
 
 /// Cluster size, disk size, size of the backing image.
@@ -70,32 +70,11 @@ proptest! {
 
 #[test]
 fn threads_that_share_clusters_lose_nothing() {
-    const SIZE: u64 = 512 << 10;
-    const THREADS: usize = 4;
-    const PIECE: usize = 1536;
-    let storage: Arc<dyn Storage> = in_memory(SIZE, 14);
-    let base = pattern(SIZE as usize, 5);
-    let image = open(&storage, Some(Arc::new(MemoryDevice::read_only(base.clone()))));
-    // Every thread writes each fourth piece, so that all meet in every cluster.
-    std::thread::scope(|scope| {
-        for thread in 0..THREADS {
-            let image = &image;
-            scope.spawn(move || {
-                let pieces = SIZE as usize / PIECE;
-                for piece in (thread..pieces).step_by(THREADS) {
-                    let at = (piece * PIECE) as u64;
-                    image.write_at(&pattern(PIECE, piece as u64), at).unwrap();
-                    if piece % 97 == 0 {
-                        image.flush().unwrap();
-                    }
-                }
-            });
-        }
-    });
-    let mut model = base;
-    for piece in 0..SIZE as usize / PIECE {
-        model[piece * PIECE..(piece + 1) * PIECE].copy_from_slice(&pattern(PIECE, piece as u64));
-    }
+    const SIZE: usize = 512 << 10;
+    let storage: Arc<dyn Storage> = in_memory(SIZE as u64, 14);
+    let mut model = pattern(SIZE, 5);
+    let image = open(&storage, Some(Arc::new(MemoryDevice::read_only(model.clone()))));
+    write_from_threads(&image, &mut model);
     verify(&image, &model);
 }
 

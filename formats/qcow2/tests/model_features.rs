@@ -6,7 +6,7 @@
 use proptest::prelude::*;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, MemoryDevice, Storage};
-use tranship_format_testing::{Op, apply, operations, pattern, verify};
+use tranship_format_testing::{Op, apply, operations, pattern, verify, write_from_threads};
 use tranship_qcow2::{CreateOptions, DataFile, OpenOptions, Qcow2, create, create_over};
 
 const SIZE: u64 = 700_416;
@@ -117,8 +117,6 @@ proptest! {
 
 #[test]
 fn threads_that_share_clusters_lose_nothing() {
-    const THREADS: usize = 4;
-    const PIECE: usize = 1536;
     let plain = Shape {
         cluster_bits: 16,
         extended_l2: true,
@@ -135,26 +133,7 @@ fn threads_that_share_clusters_lose_nothing() {
         Shape { lazy_refcounts: true, ..plain },
     ] {
         let Made { storage, options, image, mut model } = make(shape);
-        let pieces = SIZE as usize / PIECE;
-        // Every thread writes each fourth piece, so that all meet in every cluster.
-        std::thread::scope(|scope| {
-            for thread in 0..THREADS {
-                let image = &image;
-                scope.spawn(move || {
-                    for piece in (thread..pieces).step_by(THREADS) {
-                        let at = (piece * PIECE) as u64;
-                        image.write_at(&pattern(PIECE, piece as u64), at).unwrap();
-                        if piece % 97 == 0 {
-                            image.flush().unwrap();
-                        }
-                    }
-                });
-            }
-        });
-        for piece in 0..pieces {
-            let at = piece * PIECE;
-            model[at..at + PIECE].copy_from_slice(&pattern(PIECE, piece as u64));
-        }
+        write_from_threads(&image, &mut model);
         verify(&image, &model);
         image.finish().unwrap();
         drop(image);

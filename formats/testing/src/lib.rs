@@ -3,6 +3,7 @@
 //!
 //! - [`Op`], [`apply`], [`operations`]: random work on a disk, and the bytes in memory
 //!   that it has to equal afterwards.
+//! - [`write_from_threads`]: four writers who meet everywhere.
 //! - [`PowerCut`]: a storage that logs what reaches it, and gives every disk that a power
 //!   cut could leave behind.
 //! - [`damaged`]: an image with a few bytes changed, for properties of the kind "whatever
@@ -23,4 +24,4 @@ pub use damage::{damaged, exercise};
 pub use oracle::{has_tool, qemu_img, qemu_img_status, raw_by_qemu};
 pub use power_cut::PowerCut;
 pub use samples::{Sample, digest, samples};
-pub use work::{Op, apply, contents, operations, pattern, verify};
+pub use work::{Op, apply, contents, operations, pattern, verify, write_from_threads};

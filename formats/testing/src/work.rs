@@ -108,3 +108,27 @@ pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
         })
         .collect()
 }
+
+/// Writes to all of `device` and `model` from four threads. Each writes every fourth piece of
+/// an odd length, so that all of them meet in every unit of mapping, and flushes now and then.
+pub fn write_from_threads(device: &dyn BlockDevice, model: &mut [u8]) {
+    const THREADS: usize = 4;
+    const PIECE: usize = 1536;
+    let pieces = model.len() / PIECE;
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            scope.spawn(move || {
+                for piece in (thread..pieces).step_by(THREADS) {
+                    let at = (piece * PIECE) as u64;
+                    device.write_at(&pattern(PIECE, piece as u64), at).unwrap();
+                    if piece % 97 == 0 {
+                        device.flush().unwrap();
+                    }
+                }
+            });
+        }
+    });
+    for (number, piece) in model.chunks_exact_mut(PIECE).enumerate() {
+        piece.copy_from_slice(&pattern(PIECE, number as u64));
+    }
+}

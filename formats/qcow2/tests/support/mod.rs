@@ -3,9 +3,10 @@
 // Outside of #[test] functions clippy does not know that this is a test.
 #![allow(dead_code, unreachable_pub, clippy::cast_possible_truncation, clippy::unwrap_used)]
 
+use std::path::Path;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, MemoryDevice, Span, Storage};
-use tranship_format_testing::Op;
+use tranship_format_testing::{Op, qemu_img_status};
 use tranship_qcow2::{CreateOptions, OpenOptions, Qcow2, create};
 
 pub fn options(size: u64, cluster_bits: u32) -> CreateOptions {
@@ -38,4 +39,21 @@ pub fn apply(device: &dyn BlockDevice, model: &mut [u8], cluster: u64, op: &Op) 
     if start < end {
         model[start as usize..end as usize].fill(0);
     }
+}
+
+/// What was made in memory, for qemu-img.
+pub fn save(storage: &MemoryDevice, path: &Path) {
+    std::fs::write(path, storage.snapshot()).unwrap();
+}
+
+/// qemu-img finds nothing wrong with the image; `name` tells which one it was.
+#[track_caller]
+pub fn clean(path: &Path, name: &str) {
+    let output = qemu_img_status(&["check", "-f", "qcow2"], &[path]);
+    assert!(
+        output.status.success(),
+        "{name}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
