@@ -39,6 +39,9 @@ printf x | dd of=copy.raw conv=notrunc status=none
 cmp disk.raw again.raw
 "#;
 
+/// Bytes of the disk that are no hole.
+const DATA: u64 = (20 << 20) + 10_000_384;
+
 /// First block in the file, first block of the filesystem and number of blocks, of every
 /// shared extent.
 fn shared(frag: &str) -> Vec<[u64; 3]> {
@@ -81,7 +84,6 @@ fn copy_takes_no_space(make: &[&str]) {
     }
     assert!(output.status.success(), "{:?}: {}\n{stderr}", make, output.status);
 
-    const DATA: u64 = (20 << 20) + 10_000_384;
     let statistics: Value = serde_json::from_str(&read("statistics.json")).unwrap();
     let copied = &statistics["copied"];
     assert_eq!((&copied["bytes_written"], &copied["bytes_read"]), (&0.into(), &0.into()));

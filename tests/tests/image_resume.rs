@@ -23,8 +23,9 @@ fn disk(place: &Place) {
     for (start, mibs) in [(3, 2), (290, 6), (560, 6), (799, 1)] {
         for number in 0..mibs {
             let mut bytes: Vec<u8> = (0..MIB).map(|at| (at % 251) as u8).collect();
-            bytes[..2].copy_from_slice(&[start as u8, number as u8]);
-            file.write_all_at(&bytes, (start + number) * MIB).unwrap();
+            let at = (start + number) * MIB;
+            bytes[..8].copy_from_slice(&at.to_le_bytes());
+            file.write_all_at(&bytes, at).unwrap();
         }
     }
 }
