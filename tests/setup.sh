@@ -20,6 +20,7 @@ readonly TEST=(
     fdisk:sfdisk gdisk:sgdisk util-linux:unshare
     busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4 bzip2:bzip2
     libnbd-bin:nbdinfo nbdkit:nbdkit
+    python3-libvhdi:/usr/share/doc/python3-libvhdi/copyright
 )
 readonly CHECK=(shellcheck:shellcheck)
 readonly BENCH=(
