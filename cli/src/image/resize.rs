@@ -128,7 +128,8 @@ pub(crate) fn resize(
         };
         return Ok(tranship_qcow2::resize(storage, change.new, &options)?);
     }
-    if change.mode == "metadata" || change.mode != "off" && layer.format != Format::Raw {
+    let reserves = matches!(layer.format, Format::Raw | Format::Vmdk);
+    if change.mode == "metadata" || change.mode != "off" && !reserves {
         return Err(Failure::usage(format!("Unsupported preallocation mode: {}", change.mode)));
     }
     match &layer.disk {
@@ -141,6 +142,10 @@ pub(crate) fn resize(
             storage.flush()?;
         }
         Disk::Vpc(disk) => disk.resize(change.new)?,
+        Disk::Vmdk(_) => {
+            let options = tranship_vmdk::ResizeOptions { preallocate: change.mode != "off" };
+            tranship_formats::resize_vmdk(layer, &naming.allow_path, change.new, options)?;
+        }
         Disk::Vhdx(disk) => disk.resize(change.new, Shrink::LoseData)?,
         _ => return Err(cannot()),
     }

@@ -236,5 +236,5 @@ fn stored(file: RawFile, options: FillOptions) -> Result<Arc<dyn Storage>> {
 
 /// The files beside the one at `path`.
 fn beside(path: &Path) -> Beside {
-    Beside(FolderGate::beside(path, &[]))
+    Beside { gate: FolderGate::beside(path, &[]), replace: true }
 }

@@ -1,20 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The other files of a disk that is written.
 
-use crate::FolderGate;
+use crate::{FolderGate, Layer};
+use std::path::PathBuf;
 use std::sync::Arc;
-use tranship_block::{Error, Request, Result, Storage};
+use tranship_block::{BlockDevice, Error, Request, Result, Storage};
 use tranship_raw::RawFile;
-use tranship_vmdk::ExtentFiles;
+use tranship_vmdk::{ExtentFiles, ResizeOptions};
 
 /// Files beside a disk's first one.
 #[derive(Debug)]
-pub(crate) struct Beside(pub(crate) FolderGate);
+pub(crate) struct Beside {
+    /// Where they are.
+    pub(crate) gate: FolderGate,
+    /// A new file takes the place of one that is there.
+    pub(crate) replace: bool,
+}
+
+/// Gives the VMDK disk whose first file is `layer` a size of `size` bytes. Its other files
+/// are beside it or, if it names them so, in the folders of `allowed`; new ones are made
+/// beside it. The layer's disk must not be used any more.
+///
+/// # Errors
+///
+/// As [`tranship_vmdk::resize`]; [`tranship_block::ErrorKind::Usage`] if the layer was
+/// opened for reading, and what the operating system reports if a new file's name is
+/// taken.
+pub fn resize_vmdk(
+    layer: &Layer,
+    allowed: &[PathBuf],
+    size: u64,
+    options: ResizeOptions,
+) -> Result<()> {
+    let storage = layer
+        .storage
+        .as_ref()
+        .filter(|storage| !storage.is_read_only())
+        .ok_or_else(|| Error::usage("the disk is open for reading"))?;
+    let gate = FolderGate::beside(&layer.path, allowed);
+    let files = Beside { gate, replace: false };
+    tranship_vmdk::resize(&**storage, &files, size, options)
+        .map_err(|error| error.in_file(&layer.path))
+}
 
 impl ExtentFiles for Beside {
     fn open(&self, name: &str, writable: bool) -> Result<Arc<dyn Storage>> {
         let request = Request { name, role: "VMDK extent", writable };
-        Ok(Arc::new(self.0.open_file(request)?))
+        Ok(Arc::new(self.gate.open_file(request)?))
     }
 
     fn create(&self, name: &str, size: u64) -> Result<Arc<dyn Storage>> {
@@ -22,12 +54,14 @@ impl ExtentFiles for Beside {
         if name.is_empty() || name.contains('/') {
             return Err(Error::usage(format!("{name:?} is no name for a part of a disk")));
         }
-        let path = self.0.folder.join(name);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("cannot replace", error).in_file(path));
+        let path = self.gate.folder.join(name);
+        if self.replace {
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("cannot replace", error).in_file(path));
+                }
+                _ => {}
             }
-            _ => {}
         }
         Ok(Arc::new(RawFile::create(&path, size)?))
     }

@@ -25,6 +25,7 @@ mod unflushed;
 pub use chain::{Locking, OpenOptions, Trust, open, open_device, open_spec};
 pub use compressing::Compressing;
 pub use create::{Create, FillOptions, Filling, create, fill};
+pub use files::resize_vmdk;
 pub use format::Format;
 pub use gate::FolderGate;
 pub use layer::{Disk, Layer, Opened};

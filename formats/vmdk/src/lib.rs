@@ -46,7 +46,7 @@ pub use extents::{ExtentFiles, NoFiles};
 pub use line::{Access, ExtentLine, ExtentType};
 pub use open::{OpenOptions, Parent, probe, read_descriptor};
 pub use options::{Adapter, CreateOptions, ParentLink, Subformat};
-pub use resize::resize;
+pub use resize::{ResizeOptions, resize};
 pub use stream::StreamTarget;
 
 /// Bytes per sector, the unit of nearly every number in the format.

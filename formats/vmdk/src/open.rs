@@ -108,7 +108,7 @@ pub(crate) fn not_a_disk() -> Error {
     )
 }
 
-fn embedded(device: &dyn BlockDevice, layout: &Layout) -> Result<Option<Descriptor>> {
+pub(crate) fn embedded(device: &dyn BlockDevice, layout: &Layout) -> Result<Option<Descriptor>> {
     let Some(span) = layout.descriptor else { return Ok(None) };
     if span.check_within(device.size()).is_err() {
         return Err(

@@ -8,25 +8,41 @@ use crate::directory;
 use crate::extents::ExtentFiles;
 use crate::header;
 use crate::identity::store_text;
-use crate::layout::Layout;
+use crate::layout::{Layout, Place};
 use crate::line::{Access, ExtentLine, ExtentType};
-use crate::open::{File, file_kind, not_a_disk, read_head, read_text};
+use crate::open::{File, embedded, file_kind, not_a_disk, read_head, read_text};
 use crate::options::{SPLIT, Subformat, extent_name};
+use crate::writer::metadata;
 use crate::{Descriptor, MAX_EXTENTS, SECTOR};
 use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
 
+/// How a disk is resized.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ResizeOptions {
+    /// Reserve space for all new bytes; for flat extents only.
+    pub preallocate: bool,
+}
+
 /// Gives the disk whose first or only file is `storage` a size of `size` bytes, rounded up
-/// to a multiple of 512; its other files come from `files`. New bytes read as zero, or
-/// from the parent if that is larger than the disk was. The disk must not be open.
+/// to a multiple of 512; its other files come from `files`. New bytes read as zero. The
+/// disk must not be open, or at least not be used before it is opened anew.
 ///
 /// The last extent grows; the kinds that are split into pieces of 2 GiB get new extents
-/// behind it. Whatever interrupts this leaves a disk of the old or the new size.
+/// behind it. Whatever interrupts this leaves a disk of the old or the new size; new extents
+/// that no descriptor lists may stay behind.
 ///
 /// # Errors
 ///
 /// [`tranship_block::ErrorKind::Unsupported`] for a smaller size, which would lose data,
-/// and for disks that cannot be written; else as [`crate::Vmdk::open_writable`].
-pub fn resize(storage: &dyn Storage, files: &dyn ExtentFiles, size: u64) -> Result<()> {
+/// for snapshots, which are as large as their parents, for disks that cannot be written,
+/// and for sparse extents that are to be preallocated; else as
+/// [`crate::Vmdk::open_writable`].
+pub fn resize(
+    storage: &dyn Storage,
+    files: &dyn ExtentFiles,
+    size: u64,
+    options: ResizeOptions,
+) -> Result<()> {
     let size = size
         .div_ceil(SECTOR)
         .checked_mul(SECTOR)
@@ -37,6 +53,9 @@ pub fn resize(storage: &dyn Storage, files: &dyn ExtentFiles, size: u64) -> Resu
             let layout = header::read(&storage)?;
             let old = layout.capacity;
             if is_larger(old, size)? {
+                let descriptor = embedded(storage, &layout)?;
+                check_alone(descriptor.as_ref())?;
+                check_sparse(options)?;
                 grow_sparse(storage, &layout, size)?;
                 rewrite_embedded(storage, &layout, size)?;
             }
@@ -47,7 +66,9 @@ pub fn resize(storage: &dyn Storage, files: &dyn ExtentFiles, size: u64) -> Resu
             let old =
                 descriptor.extents.iter().fold(0_u64, |sum, line| sum.saturating_add(line.len));
             if is_larger(old, size)? {
-                grow_described(storage, files, &descriptor, size.saturating_sub(old))?;
+                check_alone(Some(&descriptor))?;
+                let more = size.saturating_sub(old);
+                grow_described(storage, files, &descriptor, more, options)?;
             }
             Ok(())
         }
@@ -67,6 +88,27 @@ fn is_larger(old: u64, new: u64) -> Result<bool> {
     Ok(new > old)
 }
 
+/// A snapshot has the size of what it was made from: VMware's products expect that, and a
+/// larger parent would show behind the old end.
+fn check_alone(descriptor: Option<&Descriptor>) -> Result<()> {
+    if descriptor.is_some_and(|descriptor| descriptor.parent_cid.is_some()) {
+        return Err(Error::unsupported(
+            "the disk is a snapshot, which has to be as large as its parent: consolidate the \
+             snapshots first, or convert the disk to a single one",
+        ));
+    }
+    Ok(())
+}
+
+fn check_sparse(options: ResizeOptions) -> Result<()> {
+    if options.preallocate {
+        return Err(Error::unsupported(
+            "space can be reserved in flat extents, and the disk has sparse ones",
+        ));
+    }
+    Ok(())
+}
+
 /// Gives a sparse file directories and tables for `size` bytes. New directories go to the
 /// end of the file, with the old tables and new, empty ones; the header, which is written
 /// last, leads to them.
@@ -84,6 +126,7 @@ fn grow_sparse(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> 
         .redundant
         .map(|at| directory::read_at(&storage, layout, at, "redundant grain directory", false))
         .transpose()?;
+    clear_end(storage, layout, &primary, redundant.as_deref())?;
     let tables = size.div_ceil(layout.table_span());
     let more = tables.saturating_sub(layout.directory_entries);
     let mut places = [directory, layout.redundant.unwrap_or(0)];
@@ -123,6 +166,54 @@ fn grow_sparse(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> 
     storage.flush()
 }
 
+/// Makes sure that what lies behind the end of the disk, in its last grain and its last
+/// table, reads as zero once it belongs to the disk.
+fn clear_end(
+    storage: &dyn Storage,
+    layout: &Layout,
+    primary: &[u32],
+    redundant: Option<&[u32]>,
+) -> Result<()> {
+    let per_table = layout.table_entries;
+    let grains = layout.grains();
+    let in_table = grains % per_table;
+    let is_cut = layout.capacity % layout.grain != 0;
+    let areas = metadata(layout, primary, redundant.unwrap_or_default());
+    for directory in [Some(primary), redundant] {
+        let Some(entry) = directory.and_then(<[u32]>::last) else { continue };
+        if *entry == 0 {
+            continue;
+        }
+        let at = layout.table_at(*entry);
+        let mut table = vec![0; usize::try_from(layout.table_len()).unwrap_or(0)];
+        storage.read_at(&mut table, at)?;
+        let entries: Vec<u32> =
+            table.as_chunks().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
+        let used = if in_table == 0 { per_table.get() } else { in_table };
+        let used = usize::try_from(used).unwrap_or(usize::MAX);
+        if entries.iter().skip(used).any(|entry| *entry != 0) {
+            return Err(Error::corrupt(
+                "the last grain table has entries for grains behind the end of the disk",
+            )
+            .at(at));
+        }
+        let last = used.checked_sub(1).and_then(|last| entries.get(last)).copied().unwrap_or(0);
+        if let (true, Place::Stored(grain)) = (is_cut, layout.place(u64::from(last))?) {
+            let start = grain.saturating_add(layout.capacity % layout.grain);
+            let end = grain.saturating_add(layout.grain.get()).min(storage.size());
+            let tail = Span::new(start, end.saturating_sub(start));
+            if tail.is_empty() {
+                continue;
+            }
+            if areas.iter().any(|area| area.start < tail.end() && tail.start < area.end()) {
+                return Err(Error::corrupt("the last grain lies in the metadata").at(grain));
+            }
+            storage.write_zeroes(tail, Zeroing::MayUnmap)?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the embedded descriptor say `size`.
 fn rewrite_embedded(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> {
     let Some(span) = layout.descriptor else { return Ok(()) };
@@ -142,6 +233,7 @@ fn grow_described(
     files: &dyn ExtentFiles,
     descriptor: &Descriptor,
     more: u64,
+    options: ResizeOptions,
 ) -> Result<()> {
     let mut text = vec![0; usize::try_from(storage.size()).unwrap_or(0)];
     storage.read_at(&mut text, 0)?;
@@ -156,37 +248,57 @@ fn grow_described(
     let split: Option<Subformat> = descriptor.create_type.parse().ok().filter(|kind| {
         matches!(kind, Subformat::TwoGbMaxExtentFlat | Subformat::TwoGbMaxExtentSparse)
     });
-    let count = extents.len();
-    let Some(last) = extents.last_mut() else {
+    let Some(last) = extents.pop() else {
         return Err(Error::corrupt("the descriptor lists no extents"));
     };
+    if last.access != Access::ReadWrite {
+        return Err(Error::unsupported("the last extent is marked RDONLY or NOACCESS"));
+    }
+    if last.kind == ExtentType::Sparse {
+        check_sparse(options)?;
+    }
+    check_room(descriptor)?;
     // Pieces of QEMU are larger than those of VMware.
     let room = if split.is_some() { SPLIT.saturating_sub(last.len) } else { u64::MAX };
-    let grown = more.min(room);
-    if grown > 0 {
-        grow_extent(files, last, grown).map_err(|error| error.in_file(&last.name))?;
-        last.len = last.len.saturating_add(grown);
-    }
-    let template = last.clone();
-    let mut left = more.saturating_sub(grown);
+    let grown = ExtentLine { len: last.len.saturating_add(more.min(room)), ..last.clone() };
+    extents.push(grown.clone());
+    // QEMU takes the size of a sparse extent from its own header: the last one grows when
+    // nothing else can go wrong.
     if let Some(subformat) = split {
-        let stem = stem_of(&template.name, subformat, count)?;
-        while left > 0 {
-            let number = u64::try_from(extents.len()).unwrap_or(u64::MAX);
-            if extents.len() >= MAX_EXTENTS {
-                return Err(Error::unsupported(format!("more than {MAX_EXTENTS} extents")));
-            }
-            let len = left.min(SPLIT);
-            let name = extent_name(&stem, subformat, number);
-            let line = ExtentLine { len, name, offset: 0, ..template.clone() };
-            create_extent(files, &line, false, false).map_err(|error| error.in_file(&line.name))?;
-            extents.push(line);
-            left = left.saturating_sub(len);
-        }
+        add_extents(files, subformat, &mut extents, more.saturating_sub(room), options)?;
+    }
+    if grown.len > last.len {
+        grow_extent(files, &last, grown.len, options).map_err(|error| error.in_file(&last.name))?;
     }
     let lines: Vec<String> = extents.iter().map(extent_line).collect();
     store_text(storage, None, &with_extents(&text, &lines))?;
     storage.flush()
+}
+
+/// Makes new extents of together `left` bytes behind those of a split disk.
+fn add_extents(
+    files: &dyn ExtentFiles,
+    subformat: Subformat,
+    extents: &mut Vec<ExtentLine>,
+    mut left: u64,
+    options: ResizeOptions,
+) -> Result<()> {
+    let Some(template) = extents.last().filter(|_| left > 0).cloned() else { return Ok(()) };
+    let stem = stem_of(&template.name, subformat, extents.len())?;
+    while left > 0 {
+        let number = u64::try_from(extents.len()).unwrap_or(u64::MAX);
+        if extents.len() >= MAX_EXTENTS {
+            return Err(Error::unsupported(format!("more than {MAX_EXTENTS} extents")));
+        }
+        let len = left.min(SPLIT);
+        let name = extent_name(&stem, subformat, number);
+        let line = ExtentLine { len, name, offset: 0, ..template.clone() };
+        create_extent(files, &line, false, options.preallocate)
+            .map_err(|error| error.in_file(&line.name))?;
+        extents.push(line);
+        left = left.saturating_sub(len);
+    }
+    Ok(())
 }
 
 /// What the names of a split disk's extents start with.
@@ -201,11 +313,28 @@ fn stem_of(name: &str, subformat: Subformat, count: usize) -> Result<String> {
     })
 }
 
-fn grow_extent(files: &dyn ExtentFiles, line: &ExtentLine, more: u64) -> Result<()> {
-    let len = line.len.saturating_add(more);
-    if line.access != Access::ReadWrite {
-        return Err(Error::unsupported("the last extent is marked RDONLY or NOACCESS"));
+/// Refuses a last extent behind which another one lies in the same file.
+fn check_room(descriptor: &Descriptor) -> Result<()> {
+    let Some((last, others)) = descriptor.extents.split_last() else { return Ok(()) };
+    let is_behind = |line: &ExtentLine| {
+        line.name == last.name && line.kind == last.kind && line.offset > last.offset
+    };
+    if last.kind != ExtentType::Zero && others.iter().any(is_behind) {
+        return Err(Error::unsupported(format!(
+            "another extent lies behind the last one in the file {:?}",
+            last.name
+        )));
     }
+    Ok(())
+}
+
+/// Gives the extent of `line` a length of `len` bytes.
+fn grow_extent(
+    files: &dyn ExtentFiles,
+    line: &ExtentLine,
+    len: u64,
+    options: ResizeOptions,
+) -> Result<()> {
     match line.kind {
         ExtentType::Zero => Ok(()),
         ExtentType::Sparse => {
@@ -228,6 +357,10 @@ fn grow_extent(files: &dyn ExtentFiles, line: &ExtentLine, more: u64) -> Result<
             }
             if file.size() < end {
                 file.set_len(end)?;
+            }
+            if options.preallocate {
+                let more = end.saturating_sub(old);
+                file.write_zeroes(Span::new(old, more), Zeroing::KeepAllocated)?;
             }
             file.flush()
         }

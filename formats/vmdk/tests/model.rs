@@ -12,7 +12,9 @@ use tranship_block::{
     BlockDevice, DenyAll, ErrorKind, MemoryDevice, Repair, Span, Storage, Zeroing,
 };
 use tranship_format_testing::{Op, PowerCut, apply, contents, operations, pattern, verify};
-use tranship_vmdk::{CreateOptions, NoFiles, OpenOptions, Parent, ParentLink, Subformat, Vmdk};
+use tranship_vmdk::{
+    CreateOptions, NoFiles, OpenOptions, Parent, ParentLink, ResizeOptions, Subformat, Vmdk,
+};
 
 const GRAIN: u64 = 64 << 10;
 
@@ -295,7 +297,7 @@ fn an_interrupted_resize_leaves_the_old_or_the_new_disk() {
     disk.write_at(&pattern(5000, 3), 700_000).unwrap();
     drop(disk);
     let cut = PowerCut::new(memory.snapshot());
-    tranship_vmdk::resize(&cut, &NoFiles, 40 << 20).unwrap();
+    tranship_vmdk::resize(&cut, &NoFiles, 40 << 20, ResizeOptions::default()).unwrap();
     let mut sizes = std::collections::BTreeSet::new();
     cut.replay(&[], 7, |bytes, _| {
         let file = Arc::new(MemoryDevice::read_only(bytes));

@@ -129,7 +129,9 @@ pub(crate) const ROWS: &[Row] = &[
         differs("resize c.vpc 20M", "a VHD can be resized"),
         differs("resize c.vhdx 20M", "a VHDX can be resized"),
     ]),
-    says(&[same("resize c.vmdk +1M")]),
+    says(&[differs("resize c.vmdk +1M", "a VMDK can grow")]),
+    says(&[same("resize --shrink c.vmdk 1M"), same("resize --preallocation=full c.vmdk +1M")]),
+    says(&[same("resize so.vmdk +1M"), same("resize child.vmdk +1M")]),
     says(&[same("resize"), same("resize a"), same("resize nofile 1M"), same("resize r.q foo")]),
     says(&[
         same("resize r.q ''"),

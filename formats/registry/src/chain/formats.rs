@@ -152,9 +152,11 @@ impl Walk<'_> {
             ..tranship_vmdk::OpenOptions::default()
         };
         let disk = match (image.storage, place) {
-            (Some(storage), Place::Folder(gate)) => {
-                Vmdk::open_writable(storage, &Beside(gate.clone()), options)?
-            }
+            (Some(storage), Place::Folder(gate)) => Vmdk::open_writable(
+                storage,
+                &Beside { gate: gate.clone(), replace: false },
+                options,
+            )?,
             _ => Vmdk::open(image.file, place.gate(), options)?,
         };
         self.warn(image.name, disk.warnings());
