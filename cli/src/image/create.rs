@@ -14,7 +14,7 @@ use crate::stdout;
 pub(crate) use build::{preallocation, qcow2_preallocation, qcow2_shape};
 use std::ffi::OsString;
 use std::path::Path;
-use tranship_formats::{Format, Place, Spec};
+use tranship_formats::{Format, Spec};
 
 /// Creates the image that the options describe.
 pub(crate) fn run(args: &CreateArgs, console: Console) -> Result<u8, Failure> {
@@ -245,10 +245,8 @@ impl Plan {
     /// Makes the image.
     pub(crate) fn carry_out(&self, console: Console) -> Result<(), Failure> {
         let what = build::build(self.format, &self.options, &self.spec, console)?;
-        if let (Place::File(path), Some(true)) = (&self.spec.place, self.options.switch("nocow")) {
-            build::write_in_place(path, console)?;
-        }
-        tranship_formats::create(&self.spec, &what)
+        let in_place = self.options.switch("nocow") == Some(true);
+        tranship_formats::create(&self.spec, &what, in_place)
             .map_err(|error| Failure::from(error).within("Could not create the image"))
     }
 }

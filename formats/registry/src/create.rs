@@ -2,6 +2,7 @@
 //! Making new images, empty or to be filled.
 
 use crate::files::Beside;
+use crate::replacing::Replacing;
 use crate::unflushed::Unflushed;
 use crate::{FolderGate, Format, Place, Spec};
 use std::path::Path;
@@ -47,18 +48,29 @@ impl Create {
     }
 }
 
-/// Makes an image in the file that `spec` names; what was in the file is lost.
+/// Makes an image in the file that `spec` names; what was in the file is lost. With
+/// `no_copy_on_write` btrfs is told to write the file in place.
 ///
 /// # Errors
 ///
-/// [`tranship_block::ErrorKind::Usage`] for what no image can be, and what writing
-/// reports. An image whose creation failed cannot be opened.
-pub fn create(spec: &Spec, what: &Create) -> Result<()> {
+/// [`tranship_block::ErrorKind::Usage`] for what no image can be: the file keeps what it
+/// holds then. What writing reports: what is there then cannot be opened. A file that was
+/// not there before is removed.
+pub fn create(spec: &Spec, what: &Create, no_copy_on_write: bool) -> Result<()> {
     let Place::File(path) = &spec.place else {
         return Err(Error::unsupported(format!("{} is no file to make an image in", spec.name)));
     };
-    let storage = emptied(path, what, FillOptions { durable: true, ..FillOptions::default() })?;
-    create_in(&storage, path, what).map_err(|error| error.in_file(path))
+    let file = Arc::new(Replacing::begin(path, no_copy_on_write)?);
+    let made = if let Create::Raw { size, preallocation } = what {
+        file.grow(*size, *preallocation)
+    } else {
+        let storage: Arc<dyn Storage> = Arc::<Replacing>::clone(&file);
+        create_in(&storage, path, what)
+    };
+    if made.is_err() {
+        file.give_up();
+    }
+    made.map_err(|error| error.in_file(path))
 }
 
 fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<()> {

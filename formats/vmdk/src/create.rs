@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Making new, empty disks.
 
-use crate::SECTOR;
 use crate::compose::compose;
 use crate::extents::ExtentFiles;
 use crate::header::{
@@ -12,6 +11,7 @@ use crate::identity::random_cid;
 use crate::line::{ExtentLine, ExtentType};
 use crate::options::{CreateOptions, Subformat};
 use crate::stream::Stream;
+use crate::SECTOR;
 use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
 
 /// Bytes of a grain in new disks.
@@ -43,18 +43,33 @@ pub fn create(
     let extents = options.extents()?;
     let cid = options.cid.unwrap_or_else(random_cid);
     let text = compose(options, cid, &extents);
+    // Everything is looked at before anything is overwritten.
+    if matches!(options.subformat, Subformat::MonolithicSparse | Subformat::StreamOptimized) {
+        check_descriptor(&text)?;
+    }
+    for line in &extents {
+        match line.kind {
+            ExtentType::Sparse if options.subformat != Subformat::StreamOptimized => {
+                Plan::new(line.len, 1 + DESCRIPTOR_SECTORS).map(drop)?;
+            }
+            _ => {}
+        }
+    }
     match options.subformat {
         Subformat::MonolithicSparse => {
             create_sparse(storage, options.capacity(), options.zeroed_grain, Some(&text))
         }
         Subformat::StreamOptimized => Stream::new(storage, options, &text)?.finish(storage),
         _ => {
-            invalidate(storage)?;
+            // An old descriptor must not find new extents.
+            let len = u64::try_from(text.len()).unwrap_or(u64::MAX);
+            storage.set_len(len)?;
+            storage.write_zeroes(Span::new(0, len), Zeroing::MayUnmap)?;
+            storage.flush()?;
             for line in &extents {
                 create_extent(files, line, options.zeroed_grain, options.preallocate)
                     .map_err(|error| error.in_file(&line.name))?;
             }
-            storage.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))?;
             storage.write_at(text.as_bytes(), 0)?;
             storage.flush()
         }
@@ -161,7 +176,6 @@ fn create_sparse(
     let descriptor_len = match descriptor {
         None => 0,
         Some(text) => {
-            check_descriptor(text)?;
             storage.write_at(text.as_bytes(), SECTOR)?;
             DESCRIPTOR_SECTORS
         }

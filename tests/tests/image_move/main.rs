@@ -4,6 +4,7 @@
 //! only this program can do.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod files;
 mod ours;
 #[path = "../support/qemu_img.rs"]
 mod qemu_img;

@@ -6,14 +6,11 @@ use crate::failure::Failure;
 use crate::image::console::Console;
 use crate::image::options::Options;
 use crate::image::source;
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use tranship_block::Storage;
-use tranship_formats::{Create, Format, RawPreallocation, Spec};
+use tranship_formats::{Create, Format, RawPreallocation, Replacing, Spec};
 use tranship_qcow2::{Backing, Compression, DataFile, Preallocation};
-use tranship_raw::{Access, RawFile};
 
 /// The image that these options describe.
 pub(super) fn build(
@@ -111,7 +108,7 @@ fn qcow2(
             ));
         }
         Some(name) => {
-            Some(DataFile { name: name.to_owned(), storage: data_file(path, name, size)?, raw })
+            Some(DataFile { name: name.to_owned(), storage: data_file(path, name)?, raw })
         }
     };
     Ok(create)
@@ -194,32 +191,7 @@ pub(crate) fn qcow2_preallocation(options: &Options) -> Result<Preallocation, Fa
     }
 }
 
-/// Makes the file that the new image keeps its data in.
-fn data_file(image: &Path, name: &str, size: u64) -> Result<Arc<dyn Storage>, Failure> {
-    let path = source::beside(image, name);
-    let raw =
-        Create::Raw { size: size.next_multiple_of(512), preallocation: RawPreallocation::Off };
-    tranship_formats::create(&Spec::from_path(&path), &raw)?;
-    Ok(Arc::new(RawFile::open(&path, Access::ReadWrite)?))
-}
-
-/// Makes the file `path` empty and one that btrfs does not copy on writing, which it only
-/// can while it is empty.
-pub(super) fn write_in_place(path: &Path, console: Console) -> Result<(), Failure> {
-    match std::fs::metadata(path) {
-        Ok(facts) if !facts.is_file() => return Ok(()),
-        _ => {}
-    }
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path)
-        .map_err(|error| Failure::usage("Could not create the image").because(&error))?;
-    let set = ioctl_getflags(&file).and_then(|flags| ioctl_setflags(&file, flags | IFlags::NOCOW));
-    if let Err(error) = set {
-        console.warn(&format!("nocow has no effect on this filesystem: {error}"));
-    }
-    Ok(())
+/// The file that the new image keeps its data in; it gets its size with the image.
+fn data_file(image: &Path, name: &str) -> Result<Arc<dyn Storage>, Failure> {
+    Ok(Arc::new(Replacing::begin(&source::beside(image, name), false)?))
 }
