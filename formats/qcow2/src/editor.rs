@@ -13,7 +13,7 @@ use crate::metadata::Run;
 use crate::refcounts::{Refcounts, SECTOR_ENTRIES, to_bytes};
 use crate::repair::{rebuild_refcounts, refuse_corruptions};
 use crate::shape::{Shape, read_sparse};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use tranship_block::{Error, Result, Span, Storage};
 
 /// An image whose metadata is being changed.
@@ -239,21 +239,36 @@ impl<'a> Editor<'a> {
         Ok(())
     }
 
-    /// Counts one more reference to everything that `l1` maps.
-    pub(crate) fn raise(&mut self, l1: &[u64]) -> Result<()> {
+    /// Makes sure that everything that `l1` maps can have one more reference from each
+    /// entry that maps it: to be called before anything is changed.
+    pub(crate) fn check_raise(&mut self, l1: &[u64]) -> Result<()> {
         let most = self.geometry().refcount_max();
-        // Looked at first, so that a failure changes nothing.
+        // Compressed clusters share what they are in. A count has all of their references in
+        // it already, so that only those above the half can become too many.
+        let mut added: HashMap<u64, u64> = HashMap::new();
         self.each_run(l1, |editor, run| {
             for cluster in run.first..run.end() {
-                if editor.count(cluster)? >= most {
+                let count = editor.count(cluster)?;
+                if count <= most / 2 {
+                    continue;
+                }
+                let added = added.entry(cluster).or_default();
+                *added = added.saturating_add(1);
+                if count.saturating_add(*added) > most {
                     return Err(Error::unsupported(format!(
-                        "cluster {cluster} has {most} references, the most that {} bits can count",
+                        "cluster {cluster} has {count} references, and {} bits cannot count one \
+                         more for each that the disk has now",
                         1_u32.wrapping_shl(editor.geometry().refcount_order)
                     )));
                 }
             }
             Ok(())
-        })?;
+        })
+    }
+
+    /// Counts one more reference to everything that `l1` maps, after
+    /// [`Self::check_raise`].
+    pub(crate) fn raise(&mut self, l1: &[u64]) -> Result<()> {
         self.each_run(l1, |editor, run| {
             for cluster in run.first..run.end() {
                 let count = editor.count(cluster)?.saturating_add(1);

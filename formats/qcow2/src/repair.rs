@@ -7,7 +7,7 @@
 
 use crate::check::{self, Found, references::PAGE, references::References};
 use crate::first_cluster::{FirstCluster, field};
-use crate::geometry::{Geometry, to_u64, to_usize};
+use crate::geometry::{Geometry, OFFSET, to_u64, to_usize};
 use crate::header::{CORRUPT, DIRTY, Header, LARGEST_REFCOUNT_TABLE};
 use crate::layout;
 use crate::refcounts::{count_at, set_count, to_bytes};
@@ -65,11 +65,12 @@ pub(crate) fn repair(storage: &dyn Storage, found: Found, level: Repair) -> Resu
     let may_lower = !found.is_incomplete && found.blocks_are_sound;
     if level == Repair::Leaks {
         if may_lower && found.report.leaks > 0 {
-            adjust(storage, &found, u64::min)?;
-            // What has just become the only reference may say so, if nothing else is wrong.
-            if found.report.corruptions == 0 {
-                mend_flags(storage, &found.header)?;
-            }
+            let alone = adjust(storage, &found, u64::min)?;
+            // What has just become the only reference has to say so. All other flags are left
+            // alone if something else is wrong: their counts may be.
+            let is_sound = found.report.corruptions == 0;
+            let may_mend = |cluster: &u64| is_sound || alone.contains(cluster);
+            mend_flags_of(storage, &found.header, may_mend)?;
         }
         return Ok(found.report);
     }
@@ -114,12 +115,18 @@ fn lacks_blocks(found: &Found) -> Result<bool> {
 }
 
 /// Gives each cluster the count that `choose` makes of its count and its references, in
-/// the blocks that exist; durable when this returns.
-fn adjust(storage: &dyn Storage, found: &Found, choose: impl Fn(u64, u64) -> u64) -> Result<()> {
+/// the blocks that exist; durable when this returns. The result are the clusters that had
+/// a higher count than 1 and have it now.
+fn adjust(
+    storage: &dyn Storage,
+    found: &Found,
+    choose: impl Fn(u64, u64) -> u64,
+) -> Result<HashSet<u64>> {
     let geometry = found.header.geometry();
     let (per_block, order) = (geometry.per_block(), geometry.refcount_order);
     let file_end = geometry.clusters_for(storage.size());
     let mut counts = check::compare::Counts::new(storage, &found.table, geometry);
+    let mut alone = HashSet::new();
     for number in 0..to_u64(found.table.len()) {
         let first = number.saturating_mul(per_block);
         if first >= file_end {
@@ -128,20 +135,25 @@ fn adjust(storage: &dyn Storage, found: &Found, choose: impl Fn(u64, u64) -> u64
         let Some((offset, block)) = counts.block(number)? else { continue };
         let mut is_changed = false;
         for index in 0..per_block.min(file_end.saturating_sub(first)) {
-            let references = found.references.get(first.saturating_add(index));
+            let cluster = first.saturating_add(index);
+            let references = found.references.get(cluster);
             let count = count_at(block, index, order);
             let wanted = choose(count, references);
             // A count that is too narrow stays wrong, and is reported.
             if wanted != count && wanted <= geometry.refcount_max() {
                 set_count(block, index, order, wanted);
                 is_changed = true;
+                if wanted == 1 && count > 1 {
+                    alone.insert(cluster);
+                }
             }
         }
         if is_changed {
             storage.write_at(block, offset)?;
         }
     }
-    storage.flush()
+    storage.flush()?;
+    Ok(alone)
 }
 
 /// Writes all counts anew at the end of the file, with a new table.
@@ -252,6 +264,15 @@ fn keep_counts(storage: &dyn Storage, found: &Found, references: &mut References
 
 /// Makes COPIED say what the counts say; durable when this returns.
 pub(crate) fn mend_flags(storage: &dyn Storage, header: &Header) -> Result<()> {
+    mend_flags_of(storage, header, |_| true)
+}
+
+/// The same in entries for the clusters that `may_mend` accepts.
+fn mend_flags_of(
+    storage: &dyn Storage,
+    header: &Header,
+    may_mend: impl Fn(&u64) -> bool,
+) -> Result<()> {
     let geometry = header.geometry();
     let metadata: HashSet<u64> = layout::metadata(storage, header)?
         .into_iter()
@@ -265,7 +286,10 @@ pub(crate) fn mend_flags(storage: &dyn Storage, header: &Header) -> Result<()> {
     for _ in 0..MOST_ROUNDS {
         let mut flags = check::wrong_flags(storage, header)?;
         // A table that lies over other metadata is left as it is.
-        flags.retain(|(at, _)| {
+        flags.retain(|(at, entry)| {
+            if !may_mend(&geometry.index(entry & OFFSET)) {
+                return false;
+            }
             let cluster = geometry.index(*at);
             let in_l1 = l1.contains(at);
             !metadata.contains(&cluster) && (in_l1 || !l1_clusters.contains(&cluster))
@@ -331,6 +355,27 @@ mod tests {
         let mut found = vec![0; 300_000];
         disk.read_at(&mut found, 1000).unwrap();
         assert!(found.iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn what_has_become_the_only_reference_says_so_even_beside_corruptions() {
+        let (storage, block) = image();
+        let header = Header::read(&*storage).unwrap();
+        let l1 = crate::shape::read_sparse(&*storage, header.l1_table_offset, 1).unwrap();
+        let l2 = l1[0] & OFFSET;
+        let entries = crate::shape::read_sparse(&*storage, l2, 3).unwrap();
+        // The first cluster of data has a reference too many, and the second too few.
+        for (number, count) in [(0, 2_u16), (1, 0)] {
+            let cluster = header.geometry().index(entries[number] & OFFSET);
+            storage.write_at(&count.to_be_bytes(), block + cluster * 2).unwrap();
+        }
+        storage.write_at(&(entries[0] & OFFSET).to_be_bytes(), l2).unwrap();
+        let before = check(&*storage, Repair::Nothing).unwrap();
+        assert_eq!(before.leaks, 1, "{before:?}");
+        let after = check(&*storage, Repair::Leaks).unwrap();
+        assert_eq!((after.leaks, after.leaks_fixed), (0, 1), "{after:?}");
+        assert_eq!(after.corruptions, before.corruptions, "{after:?}");
+        assert_eq!(crate::shape::read_sparse(&*storage, l2, 3).unwrap(), entries);
     }
 
     #[test]

@@ -155,14 +155,25 @@ fn counts_that_are_too_narrow_refuse_and_change_nothing() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "refcount_bits=1"], &[&path, Path::new("1M")]);
-    let path = path.as_path();
-    write(path, 300_000, 0, 1);
-    let error = create_snapshot(&*file(path), "one", time()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(snapshots(&file(path)).unwrap().is_empty());
-    assert!(raw_by_qemu("qcow2", folder.path(), path)[..300_000] == pattern(300_000, 1));
+    let narrow = folder.path().join("narrow");
+    qemu_img(
+        &["create", "-q", "-f", "qcow2", "-o", "refcount_bits=1"],
+        &[&narrow, Path::new("1M")],
+    );
+    write(&narrow, 300_000, 0, 1);
+    // Compressed clusters share what they are in: one more for each of them is too many.
+    let [raw, packed] = ["raw", "packed"].map(|name| folder.path().join(name));
+    std::fs::write(&raw, vec![7; 1 << 20]).unwrap();
+    let convert = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "refcount_bits=2"];
+    qemu_img(&convert, &[&raw, &packed]);
+    for path in [&narrow, &packed] {
+        let before = std::fs::read(path).unwrap();
+        let error = create_snapshot(&*file(path), "one", time()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("bits"), "{error}");
+        assert!(std::fs::read(path).unwrap() == before, "{}", path.display());
+        qemu_img(&["check", "-q"], &[path]);
+    }
 }
 
 /// The guest's bytes after a repair, which has to succeed whatever a power cut has left.

@@ -32,6 +32,7 @@ pub fn create_snapshot(storage: &dyn Storage, name: &str, time: SystemTime) -> R
     let id = numbers.max().unwrap_or(0).saturating_add(1).to_string();
 
     let mut l1 = editor.l1()?;
+    editor.check_raise(&l1)?;
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     // Flags first: a cluster that does not claim to be alone is only ever copied.
     let before = l1.clone();
@@ -84,6 +85,7 @@ pub fn apply_snapshot(storage: &dyn Storage, wanted: &str) -> Result<()> {
         )));
     }
     new.resize(new.len().max(to_usize(needed)?), 0);
+    editor.check_raise(&new)?;
     crate::bitmaps::forget(&mut editor, size)?;
     let old = editor.l1()?;
     editor.share(&mut new)?;
