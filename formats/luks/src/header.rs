@@ -42,11 +42,11 @@ pub struct KeySlot {
     pub kdf: Kdf,
     /// Anti-forensic stripes.
     pub stripes: u32,
+    /// Where the encrypted key begins, in bytes from the header.
+    pub area_offset: u64,
     pub(crate) salt: Vec<u8>,
     /// Bytes of the key in the slot.
     pub(crate) key_bytes: u32,
-    /// Where the encrypted key begins, in bytes from the header.
-    pub(crate) area_offset: u64,
     /// What the key is encrypted with, for example `aes-xts-plain64`.
     pub(crate) encryption: String,
     /// Bytes of the key that the slot itself is encrypted with.
@@ -121,6 +121,11 @@ impl Header {
                 Err(Error::unsupported(format!("LUKS version is {other}, expected 1 or 2")).at(6))
             }
         }
+    }
+
+    /// Rounds of PBKDF2 that verify the payload's key.
+    pub fn digest_iterations(&self) -> u32 {
+        self.digest.iterations
     }
 
     /// The specification of the payload's encryption, for example `aes-xts-plain64`.

@@ -17,7 +17,8 @@ pub(super) fn described(header: &Header) -> Object {
         .set("uuid", header.uuid.as_str())
         .set("cipher-mode", mode)
         .set("slots", header.slots.iter().map(slot).collect::<Vec<_>>())
-        .set("payload-offset", header.payload_offset);
+        .set("payload-offset", header.payload_offset)
+        .set("master-key-iters", header.digest_iterations());
     object
 }
 
@@ -30,7 +31,7 @@ fn cipher(header: &Header, mode: &str) -> String {
 
 fn slot(slot: &KeySlot) -> Json {
     let mut object = Object::default();
-    object.set("active", slot.active);
+    object.set("active", slot.active).set("key-offset", slot.area_offset);
     if slot.active {
         if let Kdf::Pbkdf2 { iterations, .. } = slot.kdf {
             object.set("iters", iterations);
