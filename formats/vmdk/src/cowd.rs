@@ -2,18 +2,21 @@
 //! The header of COWD extents (`vmfsSparse`): snapshot deltas of ESX up to 6.0.
 
 use crate::SECTOR;
+use crate::create::invalidate;
 use crate::header::MAX_GRAIN;
 use crate::layout::{Entries, Layout};
 use crate::line::ExtentType;
 use std::num::NonZeroU64;
-use tranship_block::{BlockDevice, Error, LittleEndian, Result};
+use tranship_block::{BlockDevice, Error, LittleEndian, Result, Span, Storage, Zeroing};
 
 /// First bytes of a COWD extent.
 pub(crate) const MAGIC: &[u8; 4] = b"COWD";
 const TABLE_ENTRIES: NonZeroU64 = NonZeroU64::new(4096).expect("it is not zero");
-const HEADER_LEN: u64 = 2048;
+pub(crate) const HEADER_LEN: u64 = 2048;
+/// Where `freeSector` is, from which on ESX puts what is new.
+pub(crate) const FREE_SECTOR: u64 = 28;
 /// Where `uncleanShutdown` is.
-const UNCLEAN: usize = 1652;
+const UNCLEAN: usize = 1648;
 
 /// Reads the header at the front of `file`.
 pub(crate) fn read(file: &dyn BlockDevice) -> Result<Layout> {
@@ -64,8 +67,47 @@ fn parse(bytes: &[u8]) -> Result<Layout> {
         redundant: None,
         overhead: directory,
         compressed: false,
-        unclean: fields.u8("uncleanShutdown", UNCLEAN).is_ok_and(|unclean| unclean != 0),
+        unclean: fields.u32("uncleanShutdown", UNCLEAN).is_ok_and(|unclean| unclean != 0),
     })
+}
+
+/// The tables of a new extent of `capacity` bytes with grains of one sector, which ESX
+/// uses.
+pub(crate) fn tables(capacity: u64) -> Result<u32> {
+    if u32::try_from(capacity / SECTOR).is_err() {
+        return Err(Error::unsupported(format!(
+            "{capacity} bytes are too many for a COWD extent: it has less than 2 TiB"
+        )));
+    }
+    let tables = capacity.div_ceil(SECTOR.saturating_mul(TABLE_ENTRIES.get()));
+    Ok(u32::try_from(tables).unwrap_or(u32::MAX))
+}
+
+/// Makes `storage` an empty extent of `capacity` bytes: a header and a directory without
+/// tables.
+pub(crate) fn create(storage: &dyn Storage, capacity: u64) -> Result<()> {
+    let tables = tables(capacity)?;
+    let directory_len = u64::from(tables).saturating_mul(4).next_multiple_of(SECTOR);
+    let end = HEADER_LEN.saturating_add(directory_len);
+    invalidate(storage)?;
+    storage.set_len(end)?;
+    storage.write_zeroes(Span::new(0, end), Zeroing::MayUnmap)?;
+    storage.flush()?;
+    let sectors = |bytes: u64| u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX);
+    let fields = [
+        1,
+        // What ESX sets.
+        3,
+        sectors(capacity),
+        1,
+        sectors(HEADER_LEN),
+        tables,
+        sectors(end),
+    ];
+    let mut header = MAGIC.to_vec();
+    header.extend(fields.into_iter().flat_map(u32::to_le_bytes));
+    storage.write_at(&header, 0)?;
+    storage.flush()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::identity::random_cid;
 use crate::line::{ExtentLine, ExtentType};
 use crate::options::{CreateOptions, Subformat};
 use crate::stream::Stream;
-use crate::SECTOR;
+use crate::{SECTOR, cowd};
 use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
 
 /// Bytes of a grain in new disks.
@@ -49,6 +49,7 @@ pub fn create(
     }
     for line in &extents {
         match line.kind {
+            ExtentType::VmfsSparse => cowd::tables(line.len).map(drop)?,
             ExtentType::Sparse if options.subformat != Subformat::StreamOptimized => {
                 Plan::new(line.len, 1 + DESCRIPTOR_SECTORS).map(drop)?;
             }
@@ -83,6 +84,9 @@ pub(crate) fn create_extent(
     zeroed_grain: bool,
     preallocate: bool,
 ) -> Result<()> {
+    if line.kind == ExtentType::VmfsSparse {
+        return cowd::create(&*files.create(&line.name, 0)?, line.len);
+    }
     if line.kind == ExtentType::Sparse {
         let file = files.create(&line.name, 0)?;
         return create_sparse(&*file, line.len, zeroed_grain, None);

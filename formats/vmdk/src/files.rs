@@ -24,11 +24,11 @@ pub(crate) fn sparse(
     if layout.unclean {
         warnings.push("the last writer did not close the disk".to_owned());
     }
-    if file.storage.is_some() && (layout.compressed || layout.kind != ExtentType::Sparse) {
+    if file.storage.is_some() && (layout.compressed || layout.kind == ExtentType::SeSparse) {
         return Err(Error::unsupported(if layout.compressed {
             "a stream-optimized disk is written once: convert it to another kind to change it"
         } else {
-            "delta extents of ESX are read only: convert the disk to another kind to change it"
+            "seSparse extents are read only: convert the disk to another kind to change it"
         }));
     }
     let (mut extent, found) = SparseExtent::open(file.device, layout, salvage)?;

@@ -24,17 +24,21 @@ pub enum Subformat {
     StreamOptimized,
     /// A descriptor and one file of plain bytes, for a VMFS datastore.
     Vmfs,
+    /// A descriptor and a growing file (COWD) of less than 2 TiB, as ESX up to 6.0 uses it
+    /// for snapshots.
+    VmfsSparse,
 }
 
 impl Subformat {
     /// All kinds.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::MonolithicSparse,
         Self::MonolithicFlat,
         Self::TwoGbMaxExtentSparse,
         Self::TwoGbMaxExtentFlat,
         Self::StreamOptimized,
         Self::Vmfs,
+        Self::VmfsSparse,
     ];
 
     /// The word that descriptors use as `createType`.
@@ -46,6 +50,7 @@ impl Subformat {
             Self::TwoGbMaxExtentFlat => "twoGbMaxExtentFlat",
             Self::StreamOptimized => "streamOptimized",
             Self::Vmfs => "vmfs",
+            Self::VmfsSparse => "vmfsSparse",
         }
     }
 
@@ -62,9 +67,9 @@ impl FromStr for Subformat {
     type Err = Error;
 
     fn from_str(word: &str) -> Result<Self> {
-        if ["vmfsSparse", "seSparse"].iter().any(|delta| word.eq_ignore_ascii_case(delta)) {
+        if word.eq_ignore_ascii_case("seSparse") {
             return Err(Error::unsupported(format!(
-                "disks of subformat {word} are made by ESX alone; they can be read, not created"
+                "disks of subformat {word} are made by ESXi alone; they can be read, not created"
             )));
         }
         Self::ALL.into_iter().find(|kind| word.eq_ignore_ascii_case(kind.word())).ok_or_else(|| {
@@ -233,6 +238,7 @@ impl CreateOptions {
                 len: capacity.saturating_sub(start).min(piece),
                 kind: match self.subformat {
                     Subformat::Vmfs => ExtentType::Vmfs,
+                    Subformat::VmfsSparse => ExtentType::VmfsSparse,
                     kind if kind.is_flat() => ExtentType::Flat,
                     _ => ExtentType::Sparse,
                 },
@@ -254,6 +260,7 @@ pub(crate) fn extent_name(name: &str, subformat: Subformat, number: u64) -> Stri
     match subformat {
         Subformat::MonolithicSparse | Subformat::StreamOptimized => name.to_owned(),
         Subformat::MonolithicFlat | Subformat::Vmfs => format!("{stem}-flat.vmdk"),
+        Subformat::VmfsSparse => format!("{stem}-delta.vmdk"),
         Subformat::TwoGbMaxExtentSparse => format!("{stem}-s{number:03}.vmdk"),
         Subformat::TwoGbMaxExtentFlat => format!("{stem}-f{number:03}.vmdk"),
     }

@@ -48,7 +48,8 @@ impl SparseExtent {
 
     /// Writes changed tables before they become many.
     fn make_room(&self, writer: &Writer) -> Result<()> {
-        if self.tables.lock().changed_len() < MOST_CHANGED {
+        let changed = u64::try_from(self.tables.lock().changed_len()).unwrap_or(u64::MAX);
+        if changed.saturating_mul(self.layout.table_entries.get()) < MOST_CHANGED {
             return Ok(());
         }
         writer.flush(&self.layout, &self.tables)

@@ -4,19 +4,20 @@
 //!
 //! What a table entry refers to is on stable storage before the entry is: payload, flush,
 //! redundant tables, primary tables, flush. A power cut leaves at worst grains at the end
-//! of the file that nothing refers to.
+//! of the file that nothing refers to; to ESX they are taken.
 
-use crate::SECTOR;
 use crate::busy::Busy;
 use crate::layout::Layout;
+use crate::line::ExtentType;
 use crate::table::{Table, Tables};
+use crate::{SECTOR, cowd};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tranship_block::{BlockDevice, Error, ErrorKind, Result, Span, Storage};
 
-/// Changed tables that are kept before they are written: 4 MiB.
-pub(crate) const MOST_CHANGED: usize = 2048;
+/// Entries of changed tables that are kept before they are written: 4 MiB.
+pub(crate) const MOST_CHANGED: u64 = 1 << 20;
 /// Tables next to each other that are written at once.
 const LARGEST_WRITE: usize = 1 << 20;
 /// Grains whose old places are remembered.
@@ -35,6 +36,8 @@ pub(crate) struct Writer {
     /// Where grains were before they were declared zero: only they go there again.
     retired: Mutex<HashMap<u64, u64>>,
     turn: Mutex<()>,
+    /// The `freeSector` that the header of a COWD extent has, once it was written.
+    free_sector: AtomicU32,
     failed: AtomicBool,
 }
 
@@ -58,6 +61,7 @@ impl Writer {
             metadata,
             retired: Mutex::default(),
             turn: Mutex::default(),
+            free_sector: AtomicU32::new(0),
             failed: AtomicBool::new(false),
         }
     }
@@ -128,9 +132,11 @@ impl Writer {
             return Ok(());
         }
         let stride = layout.table_stride();
-        let start = self.allocate(layout, stride.saturating_mul(2))?;
-        let zeroes = vec![0; usize::try_from(stride.saturating_mul(2)).unwrap_or(0)];
-        self.storage.write_at(&zeroes, start)?;
+        let copies = if tables.redundant.is_empty() { 1 } else { 2 };
+        let len = stride.saturating_mul(copies);
+        let start = self.allocate(layout, len)?;
+        self.storage.write_at(&vec![0; usize::try_from(len).unwrap_or(0)], start)?;
+        self.store_end(layout)?;
         self.storage.flush()?;
         let mut added = Span::new(start, stride);
         let copies = [(&tables.redundant, layout.redundant), (&tables.primary, layout.directory)];
@@ -146,6 +152,20 @@ impl Writer {
         }
         // It is at the end of the file, and so of the list.
         self.metadata.write().unwrap_or_else(PoisonError::into_inner).push(added);
+        Ok(())
+    }
+
+    /// Tells ESX that what was given out is not free any more, before anything refers to
+    /// it.
+    fn store_end(&self, layout: &Layout) -> Result<()> {
+        if layout.kind != ExtentType::VmfsSparse {
+            return Ok(());
+        }
+        let sector = u32::try_from(*lock(&self.end) / SECTOR).unwrap_or(u32::MAX);
+        if self.free_sector.load(Ordering::Acquire) != sector {
+            self.storage.write_at(&sector.to_le_bytes(), cowd::FREE_SECTOR)?;
+            self.free_sector.store(sector, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -174,6 +194,9 @@ impl Writer {
         tables: &Tables,
         changed: &BTreeMap<usize, Arc<Table>>,
     ) -> Result<()> {
+        if !changed.is_empty() {
+            self.store_end(layout)?;
+        }
         self.storage.flush()?;
         if changed.is_empty() {
             return Ok(());
@@ -211,11 +234,15 @@ impl Writer {
     }
 }
 
+fn header_len(layout: &Layout) -> u64 {
+    if layout.kind == ExtentType::VmfsSparse { cowd::HEADER_LEN } else { SECTOR }
+}
+
 /// Where the metadata is, ascending and joined; `primary` and `redundant` are the two
 /// directories.
 pub(crate) fn metadata(layout: &Layout, primary: &[u32], redundant: &[u32]) -> Vec<Span> {
     let directory_len = layout.directory_entries.saturating_mul(layout.entry_len());
-    let mut areas = vec![Span::new(0, SECTOR)];
+    let mut areas = vec![Span::new(0, header_len(layout))];
     areas.extend(layout.descriptor);
     areas.extend(layout.directory.map(|at| Span::new(at, directory_len)));
     areas.extend(layout.redundant.map(|at| Span::new(at, directory_len)));

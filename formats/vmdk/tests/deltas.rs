@@ -8,8 +8,10 @@ mod folder;
 use folder::Memory;
 use proptest::prelude::*;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, DenyAll, ErrorKind, ExtentKind, MemoryDevice, Repair, Span};
-use tranship_format_testing::{damaged, exercise, has_tool, pattern, raw_by_qemu};
+use tranship_block::{
+    BlockDevice, DenyAll, ErrorKind, ExtentKind, MemoryDevice, Repair, Span, Storage, Zeroing,
+};
+use tranship_format_testing::{PowerCut, damaged, exercise, has_tool, pattern, raw_by_qemu};
 use tranship_vmdk::{OpenOptions, Parent, Vmdk, check, probe};
 
 const SIZE: usize = 20 << 20;
@@ -279,6 +281,128 @@ fn check_counts_the_grains_of_deltas() {
     }
 }
 
+/// Where the free space of a COWD extent begins, by its header and by what it refers to.
+fn ends(image: &[u8]) -> (usize, usize) {
+    let word = |at: usize| u32::from_le_bytes(image[at..at + 4].try_into().unwrap()) as usize;
+    let tables = (0..word(24)).map(|number| word(2048 + number * 4)).filter(|table| *table != 0);
+    let last = tables.map(|table| {
+        let grains = (0..4096).map(|grain| word(table * 512 + grain * 4) + 1);
+        grains.max().unwrap().max(table + 32)
+    });
+    (word(28) * 512, last.max().unwrap_or(4) * 512)
+}
+
+/// Writes over grains that are there, beside them, and in tables that are not there.
+const WRITES: [(usize, usize); 5] = [
+    (512, 3000),
+    ((7 << 20) + 100, 300),
+    ((8 << 20) - 5000, 10_000),
+    ((13 << 20) + 1, 700_000),
+    (SIZE - 700, 700),
+];
+
+#[test]
+fn a_cowd_extent_is_written_and_qemu_reads_it() {
+    for has_parent in [false, true] {
+        let below = if has_parent { pattern(SIZE - 5120, 9) } else { Vec::new() };
+        let mut expected = model(&runs(512), &below);
+        let text: Arc<dyn Storage> =
+            Arc::new(MemoryDevice::new(descriptor("vmfsSparse", "VMFSSPARSE", has_parent)));
+        let delta = Arc::new(MemoryDevice::new(cowd(&runs(512))));
+        let files = Memory::default();
+        files.put("d-delta.vmdk", delta.clone());
+        let options = || {
+            let device = Arc::new(MemoryDevice::read_only(below.clone()));
+            let parent = has_parent.then_some(Parent { device, cid: Some(0x77) });
+            OpenOptions { parent, ..OpenOptions::default() }
+        };
+        let disk = Vmdk::open_writable(text.clone(), &files, options()).unwrap();
+        for (seed, (at, len)) in (20..).zip(WRITES) {
+            let bytes = pattern(len, seed);
+            disk.write_at(&bytes, at as u64).unwrap();
+            expected[at..at + len].copy_from_slice(&bytes);
+        }
+        let zeroes = Span::new(9 << 20, 100_000);
+        disk.write_zeroes(zeroes, Zeroing::MayUnmap).unwrap();
+        expected[9 << 20..(9 << 20) + 100_000].fill(0);
+        disk.flush().unwrap();
+        drop(disk);
+        let image = delta.snapshot();
+        let (free, used) = ends(&image);
+        assert!(free >= used && free <= image.len(), "{free} {used} {}", image.len());
+        let disk = Vmdk::open_writable(text.clone(), &files, options()).unwrap();
+        assert!(folder::contents(&disk).unwrap() == expected);
+        drop(disk);
+        let report = check(&*text, &files, Repair::Nothing).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        if has_parent || !has_tool("qemu-img") {
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("d-delta.vmdk"), &image).unwrap();
+        let path = folder.path().join("d.vmdk");
+        std::fs::write(&path, descriptor("vmfsSparse", "VMFSSPARSE", false)).unwrap();
+        assert!(raw_by_qemu("vmdk", folder.path(), &path) == expected);
+    }
+}
+
+#[test]
+fn a_power_cut_leaves_a_cowd_extent_with_what_was_flushed() {
+    let text: Arc<dyn Storage> =
+        Arc::new(MemoryDevice::new(descriptor("vmfsSparse", "VMFSSPARSE", false)));
+    let mut model = model(&runs(512), &[]);
+    let initially = model.clone();
+    let cut = Arc::new(PowerCut::new(cowd(&runs(512))));
+    let files = Memory::default();
+    files.put("d-delta.vmdk", cut.clone());
+    let disk = Vmdk::open_writable(text.clone(), &files, OpenOptions::default()).unwrap();
+    let mut states = vec![model.clone()];
+    for (seed, (at, len)) in (20..).zip(WRITES) {
+        let bytes = pattern(len.min(40_000), seed);
+        disk.write_at(&bytes, at as u64).unwrap();
+        model[at..at + bytes.len()].copy_from_slice(&bytes);
+        disk.flush().unwrap();
+        cut.promise(&model);
+        states.push(model.clone());
+    }
+    drop(disk);
+    let text = text_of(&*text);
+    cut.replay(&initially, 11, |bytes, promised| {
+        let (free, used) = ends(&bytes);
+        assert!(free >= used, "{free} {used}");
+        let disk = open(text.clone(), bytes, OpenOptions::default()).unwrap();
+        let found = folder::contents(&disk).unwrap();
+        let state = states.iter().position(|state| state == promised).unwrap();
+        let next = states.get(state + 1).map_or(promised, Vec::as_slice);
+        for (number, sector) in found.chunks(512).enumerate() {
+            let range = number * 512..number * 512 + sector.len();
+            if *sector == promised[range.clone()] || *sector == next[range.clone()] {
+                continue;
+            }
+            let mut bytes = sector.iter().zip(range);
+            let is_known = bytes.all(|(byte, at)| *byte == promised[at] || *byte == next[at]);
+            assert!(is_known, "sector {number} after state {state}");
+        }
+    });
+}
+
+fn text_of(storage: &dyn Storage) -> Vec<u8> {
+    let mut text = vec![0; storage.size() as usize];
+    storage.read_at(&mut text, 0).unwrap();
+    text
+}
+
+#[test]
+fn a_sesparse_extent_is_not_written() {
+    let text = descriptor("seSparse", "SESPARSE", false);
+    let files = Memory::default();
+    files.put("d-delta.vmdk", Arc::new(MemoryDevice::new(sesparse(&runs(4096), &[]))));
+    let text = Arc::new(MemoryDevice::new(text));
+    let error = Vmdk::open_writable(text, &files, OpenOptions::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("seSparse extents are read only"), "{error}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10))]
 
@@ -298,8 +422,15 @@ proptest! {
                 exercise(&disk);
             }
             let files = Memory::default();
-            files.put("d-delta.vmdk", Arc::new(MemoryDevice::read_only(image)));
-            let _ = check(&MemoryDevice::read_only(text), &files, Repair::Nothing);
+            files.put("d-delta.vmdk", Arc::new(MemoryDevice::new(image)));
+            let text = Arc::new(MemoryDevice::new(text));
+            let _ = check(&*text, &files, Repair::Nothing);
+            if let Ok(disk) = Vmdk::open_writable(text, &files, OpenOptions::default()) {
+                for at in [0, 5 << 20, SIZE as u64 - 5000] {
+                    let _ = disk.write_at(&[7; 5000], at);
+                }
+                let _ = disk.flush();
+            }
         }
     }
 }

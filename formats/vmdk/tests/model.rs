@@ -48,12 +48,13 @@ proptest! {
             Subformat::TwoGbMaxExtentSparse,
             Subformat::MonolithicFlat,
             Subformat::Vmfs,
+            Subformat::VmfsSparse,
         ]),
         zeroed in any::<bool>(),
         has_parent in any::<bool>(),
     ) {
         let has_parent = has_parent
-            && matches!(subformat, Subformat::MonolithicSparse | Subformat::TwoGbMaxExtentSparse);
+            && !matches!(subformat, Subformat::MonolithicFlat | Subformat::Vmfs);
         let size = 9 * GRAIN + 1536;
         let mut create = with_parent(CreateOptions::new(size, subformat, "d.vmdk"), has_parent);
         create.zeroed_grain = zeroed;

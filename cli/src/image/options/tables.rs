@@ -97,8 +97,8 @@ static VMDK: [Described; 7] = [
     option(
         "subformat",
         Kind::Text,
-        "monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat or \
-         streamOptimized",
+        "monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, \
+         streamOptimized, vmfs or vmfsSparse",
     ),
     option("zeroed_grain", Kind::Switch, "Mark zeroes in the tables instead of storing them"),
 ];
