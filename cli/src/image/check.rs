@@ -94,6 +94,12 @@ fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<Chec
         None => return Ok(None),
     };
     let report = match layer.format {
+        Format::Vdi | Format::Qed | Format::Parallels if repair != Repair::Nothing => {
+            return Err(Failure::usage(format!(
+                "images of format {} can be checked, but not repaired",
+                layer.format
+            )));
+        }
         Format::Qcow2 => tranship_qcow2::check(&*storage, repair),
         Format::Vhdx => tranship_vhdx::check(&*storage, repair),
         Format::Vpc => tranship_vpc::check(&*storage, repair),
@@ -101,7 +107,10 @@ fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<Chec
             let files = Parts(FolderGate::beside(&layer.path, &naming.allow_path));
             tranship_vmdk::check(&*storage, &files, repair)
         }
-        _ => return Ok(None),
+        Format::Parallels if layer.path.extension().is_some_and(|ending| ending == "xml") => {
+            return Err(Failure::usage("the images of a disk of Parallels are checked one by one"));
+        }
+        format => return Ok(tranship_formats::check_read_only(format, &layer.file)?),
     };
     Ok(Some(report?))
 }
@@ -123,7 +132,7 @@ impl ExtentFiles for Parts {
 
 /// Whether qemu-img counts the clusters of this format.
 fn counts_clusters(format: Format) -> bool {
-    matches!(format, Format::Qcow2 | Format::Parallels)
+    matches!(format, Format::Qcow2 | Format::Qed | Format::Parallels)
 }
 
 fn human(report: &CheckReport, format: Format) -> String {

@@ -30,6 +30,8 @@ pub struct Header {
     pub dirty: bool,
     /// Bytes that one step of a table entry means.
     pub(crate) unit: u64,
+    /// Byte at which the first cluster is put, if the header says so.
+    data_offset: Option<NonZeroU64>,
 }
 
 impl Header {
@@ -54,6 +56,18 @@ impl Header {
             .at(32));
         }
         Ok(header)
+    }
+
+    /// Where the cluster with this entry lies.
+    pub(crate) fn offset(&self, entry: u32) -> u64 {
+        u64::from(entry).saturating_mul(self.unit)
+    }
+
+    /// Where the first cluster lies in an image that has one.
+    pub(crate) fn data_start(&self) -> u64 {
+        let table_len = u64::from(self.entries).saturating_mul(4);
+        let table_end = HEADER_LEN.saturating_add(table_len).next_multiple_of(SECTOR);
+        self.data_offset.map_or(table_end, NonZeroU64::get)
     }
 
     fn parse(bytes: &[u8]) -> Result<Self> {
@@ -105,6 +119,9 @@ impl Header {
             entries,
             dirty: fields.u32("inuse", 44)? == IN_USE,
             unit: if extended { cluster } else { SECTOR },
+            data_offset: NonZeroU64::new(
+                u64::from(fields.u32("data_off", 48)?).saturating_mul(SECTOR),
+            ),
         })
     }
 }

@@ -8,12 +8,14 @@
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
 mod bundle;
+mod check;
 mod descriptor;
 mod header;
 mod image;
 mod table;
 
 pub use bundle::{Bundle, BundleOptions};
+pub use check::check;
 pub use descriptor::{Descriptor, ImageFile, ImageType, Shot, StorageFiles};
 pub use header::Header;
 pub use image::{Image, OpenOptions};

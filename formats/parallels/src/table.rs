@@ -50,7 +50,7 @@ impl Table {
                     Place::Stored(start) => {
                         let ahead = next.saturating_sub(first);
                         let here = ahead.saturating_mul(self.header.cluster.get());
-                        *entry != 0 && self.offset(*entry) == start.saturating_add(here)
+                        *entry != 0 && self.header.offset(*entry) == start.saturating_add(here)
                     }
                 };
                 if !follows || next >= end {
@@ -68,7 +68,7 @@ impl Table {
             None => Err(Error::usage(format!("cluster {index} is past the end of the BAT"))),
             Some(0) => Ok(Place::Absent),
             Some(entry) => {
-                let offset = self.offset(*entry);
+                let offset = self.header.offset(*entry);
                 let entries = u64::from(self.header.entries);
                 let table_end = HEADER_LEN.saturating_add(entries.saturating_mul(4));
                 if offset < table_end {
@@ -80,10 +80,6 @@ impl Table {
                 Ok(Place::Stored(offset))
             }
         }
-    }
-
-    fn offset(&self, entry: u32) -> u64 {
-        u64::from(entry).saturating_mul(self.header.unit)
     }
 
     /// The page that has entry `index`, and where in it.

@@ -3,12 +3,13 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use proptest::prelude::*;
+use std::process::Command;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, ErrorKind, ExtentKind, MemoryDevice, Span};
 use tranship_format_testing::{
     contents, damaged, digest, exercise, has_tool, pattern, qemu_img, samples, verify,
 };
-use tranship_parallels::{Header, Image, OpenOptions};
+use tranship_parallels::{Header, Image, OpenOptions, check};
 use tranship_raw::{Access, RawFile};
 
 const CLUSTER: usize = 8 * 512;
@@ -142,6 +143,10 @@ fn samples_have_their_content() {
     for sample in all.iter().filter(|sample| sample.format.as_deref() == Some("parallels")) {
         let path = sample.unpack(folder.path(), &all);
         let file = Arc::new(MemoryDevice::read_only(std::fs::read(path).unwrap()));
+        if sample.expect == "content" {
+            let report = check(&file).unwrap();
+            assert_eq!(report.corruptions, 0, "{}: {report:?}", sample.path);
+        }
         let opened = Image::open_read_only(file, OpenOptions::default());
         if sample.expect == "content" {
             let found = digest(&opened.unwrap()).unwrap();
@@ -161,8 +166,71 @@ proptest! {
         bytes in damaged(image(b"WithouFreSpacExt", &LAYOUT).0, vec![Span::new(0, 92)]),
         salvage: bool,
     ) {
+        let _ = check(&MemoryDevice::read_only(bytes.clone()));
         if let Ok(image) = open(bytes, OpenOptions { parent: None, salvage }) {
             exercise(&image);
+        }
+    }
+}
+
+/// What qemu-img and this crate say about an image: corruptions and leaks.
+fn verdicts(format: &str, bytes: &[u8]) -> [(u64, u64); 2] {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let run = Command::new("qemu-img")
+        .args(["check", "--output", "json", "-f", format])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(run.stdout).unwrap();
+    let number = |key: &str| {
+        let start = text.find(&format!("\"{key}\": ")).map(|at| at + key.len() + 4);
+        let rest = start.map_or("0", |start| &text[start..]);
+        rest.split([',', '\n']).next().unwrap().parse::<u64>().unwrap()
+    };
+    let report = check(&MemoryDevice::read_only(bytes.to_vec())).unwrap();
+    assert_eq!(report.details.is_empty(), report.is_clean());
+    if format != "vdi" {
+        let theirs = ["allocated-clusters", "fragmented-clusters", "total-clusters"].map(number);
+        let ours = [report.allocated_clusters, report.fragmented_clusters, report.total_clusters];
+        assert_eq!(ours, theirs, "{text}");
+    }
+    [(report.corruptions, report.leaks), (number("corruptions"), number("leaks"))]
+}
+
+#[test]
+fn contradictions_are_found_as_by_qemu() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    for magic in [b"WithoutFreeSpace", b"WithouFreSpacExt"] {
+        let (good, _) = image(magic, &LAYOUT);
+        let changed = |at: usize, number: u32| {
+            let mut bytes = good.clone();
+            bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
+            bytes
+        };
+        let tail = |len: usize| [good.clone(), vec![0; len]].concat();
+        for (bytes, expected) in [
+            (good.clone(), (0, 0)),
+            (changed(44, 0x746f_6e59), (1, 0)),
+            (changed(64 + 4, 0), (0, 1)),
+            (tail(3 * CLUSTER), (0, 3)),
+            (tail(512), (0, 1)),
+        ] {
+            let [ours, theirs] = verdicts("parallels", &bytes);
+            assert_eq!((ours, theirs), (expected, expected));
+        }
+        // qemu-img 10 gives up, or ends by an assertion.
+        let unit = if magic.ends_with(b"Ext") { 1 } else { 8 };
+        for (number, text) in
+            [(3, "clusters 0 and 2 are the same"), (500, "cluster 2 is outside image")]
+        {
+            let bytes = changed(64 + 2 * 4, number * unit);
+            let report = check(&MemoryDevice::read_only(bytes)).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (1, 0));
+            assert!(report.details[0].contains(text), "{report:?}");
         }
     }
 }

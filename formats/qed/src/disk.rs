@@ -11,7 +11,7 @@ use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Lower, Result, Span
 /// offsets stays linear.
 const PIECES_PER_QUERY: u32 = 32;
 /// The entry of a cluster that reads as zero, whatever is below.
-const ZERO: u64 = 1;
+pub(crate) const ZERO: u64 = 1;
 
 /// How an image is opened.
 #[derive(Clone, Debug, Default)]

@@ -160,7 +160,12 @@ impl Header {
 
     /// Entries of a table.
     pub(crate) fn entries(&self) -> u64 {
-        u64::from(self.table_size).saturating_mul(u64::from(self.cluster_size)) / 8
+        self.table_len() / 8
+    }
+
+    /// Bytes of a table.
+    pub(crate) fn table_len(&self) -> u64 {
+        u64::from(self.table_size).saturating_mul(u64::from(self.cluster_size))
     }
 
     /// Bytes of the disk that a second-level table covers.

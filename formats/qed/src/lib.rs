@@ -9,9 +9,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod check;
 mod disk;
 mod header;
 mod table;
 
+pub use check::check;
 pub use disk::{OpenOptions, Qed};
 pub use header::{Backing, Header, MAGIC};

@@ -11,7 +11,7 @@ use tranship_block::{BlockDevice, ErrorKind, ExtentKind, MemoryDevice, Span};
 use tranship_format_testing::{
     damaged, exercise, has_tool, pattern, qemu_img, raw_by_qemu, verify,
 };
-use tranship_qed::{Header, MAGIC, OpenOptions, Qed};
+use tranship_qed::{Header, MAGIC, OpenOptions, Qed, check};
 use tranship_raw::{Access, RawFile};
 
 const CLUSTER: usize = 4096;
@@ -176,9 +176,79 @@ proptest! {
         ),
         salvage in any::<bool>(),
     ) {
+        let _ = check(&MemoryDevice::read_only(bytes.clone()));
         let options = OpenOptions { salvage, ..backed(pattern(9000, 1)) };
         if let Ok(disk) = open(bytes, options) {
             exercise(&disk);
         }
+    }
+}
+
+/// What qemu-img and this crate say about an image: corruptions and leaks.
+fn verdicts(format: &str, bytes: &[u8]) -> [(u64, u64); 2] {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let run = Command::new("qemu-img")
+        .args(["check", "--output", "json", "-f", format])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(run.stdout).unwrap();
+    assert!(!text.is_empty(), "{}", String::from_utf8_lossy(&run.stderr));
+    let number = |key: &str| {
+        let start = text.find(&format!("\"{key}\": ")).map(|at| at + key.len() + 4);
+        let rest = start.map_or("0", |start| &text[start..]);
+        rest.split([',', '\n']).next().unwrap().parse::<u64>().unwrap()
+    };
+    let report = check(&MemoryDevice::read_only(bytes.to_vec())).unwrap();
+    assert_eq!(report.details.is_empty(), report.is_clean());
+    if format != "vdi" {
+        let theirs = ["allocated-clusters", "fragmented-clusters", "total-clusters"].map(number);
+        let ours = [report.allocated_clusters, report.fragmented_clusters, report.total_clusters];
+        assert_eq!(ours, theirs, "{text}");
+    }
+    [(report.corruptions, report.leaks), (number("corruptions"), number("leaks"))]
+}
+
+#[test]
+fn contradictions_are_found_as_by_qemu() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    // qemu-img refuses tables of one cluster: those of these images have two.
+    let (l1, l2) = (CLUSTER, 3 * CLUSTER);
+    let entries = [cluster(5), 0, cluster(6), 1, cluster(8)];
+    let mut good = image(&[0; 5], 0, 6);
+    good[8] = 2;
+    let put = |bytes: &mut [u8], at: usize, number: u64| {
+        bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+    };
+    good[2 * CLUSTER..5 * CLUSTER].fill(0);
+    put(&mut good, l1, cluster(3));
+    for (index, entry) in entries.iter().enumerate() {
+        put(&mut good, l2 + 8 * index, *entry);
+    }
+    let changed = |at: usize, number: u64| {
+        let mut bytes = good.clone();
+        put(&mut bytes, at, number);
+        bytes
+    };
+    // One cluster of the good one belongs to nothing.
+    for (bytes, expected) in [
+        (good.clone(), (0, 1)),
+        (changed(16, 2), (0, 1)),
+        (changed(l2 + 8, cluster(7)), (0, 0)),
+        (changed(l2 + 8, cluster(5)), (1, 1)),
+        (changed(l2 + 8, cluster(100)), (1, 1)),
+        (changed(l2 + 8, cluster(7) + 512), (1, 1)),
+        (changed(l2 + 8, cluster(3)), (1, 1)),
+        (changed(l2 + 8, cluster(0) + 8), (1, 1)),
+        (changed(l1 + 8, cluster(3)), (2, 1)),
+        (changed(l1 + 8, cluster(200)), (1, 1)),
+        (changed(l1, 0), (0, 6)),
+    ] {
+        let [ours, theirs] = verdicts("qed", &bytes);
+        assert_eq!((ours, theirs), (expected, expected));
     }
 }

@@ -9,6 +9,7 @@
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
 mod chain;
+mod check;
 mod compressing;
 mod create;
 mod files;
@@ -24,6 +25,7 @@ mod staged;
 mod unflushed;
 
 pub use chain::{Locking, OpenOptions, Trust, open, open_device, open_spec};
+pub use check::check_read_only;
 pub use compressing::Compressing;
 pub use create::{Create, FillOptions, Filling, create, fill};
 pub use files::resize_vmdk;

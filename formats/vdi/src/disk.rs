@@ -6,9 +6,9 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Extent, ExtentKind, Lower, Result, Span, Zeroing};
 
 /// The entry of a block that the image does not have.
-const ABSENT: u32 = u32::MAX;
+pub(crate) const ABSENT: u32 = u32::MAX;
 /// The entry of a block that reads as zero, whatever the parent has.
-const ZERO: u32 = u32::MAX - 1;
+pub(crate) const ZERO: u32 = u32::MAX - 1;
 /// Bytes of the map that one read brings in.
 const READ_PIECE: usize = 1 << 20;
 /// Blocks that one query passes over: a caller who asks again and again from nearby
@@ -90,14 +90,6 @@ impl Vdi {
         &self.warnings
     }
 
-    /// Where the data of the block with `entry` is in the file.
-    fn data_at(&self, entry: u32) -> u64 {
-        let extra = u64::from(self.header.block_extra);
-        let stride = u64::from(self.header.block_size).saturating_add(extra);
-        let blocks = u64::from(entry).saturating_mul(stride);
-        self.header.data_offset.saturating_add(blocks).saturating_add(extra)
-    }
-
     /// Checks that all stored blocks are in the file.
     fn check_blocks(&mut self, salvage: bool) -> Result<()> {
         let block = u64::from(self.header.block_size);
@@ -109,7 +101,7 @@ impl Vdi {
             if entry == ABSENT || entry == ZERO {
                 continue;
             }
-            let end = self.data_at(entry).saturating_add(used);
+            let end = self.header.data_at(entry).saturating_add(used);
             if end <= self.file.size() {
                 continue;
             }
@@ -160,7 +152,7 @@ impl Vdi {
                 let expected = (stored..).skip(1).take_while(|_| is_dense);
                 let run = entries.zip(expected);
                 let more = run.take_while(|(entry, next)| *entry < ZERO && entry == next).count();
-                (Place::Stored(self.data_at(stored).saturating_add(within)), more)
+                (Place::Stored(self.header.data_at(stored).saturating_add(within)), more)
             }
         };
         let run = u64::try_from(more).unwrap_or(0).saturating_add(1).saturating_mul(block);
@@ -201,7 +193,7 @@ fn check_parent(header: &Header, parent: Option<&Parent>) -> Result<()> {
     }
 }
 
-fn read_map(file: &dyn BlockDevice, header: &Header) -> Result<Vec<u32>> {
+pub(crate) fn read_map(file: &dyn BlockDevice, header: &Header) -> Result<Vec<u32>> {
     let entries = usize::try_from(header.entries())
         .map_err(|_| Error::unsupported("block map does not fit into memory"))?;
     let mut map = Vec::with_capacity(entries);

@@ -179,6 +179,14 @@ impl Header {
         Ok(())
     }
 
+    /// Where the data of the block with `entry` is in the file.
+    pub(crate) fn data_at(&self, entry: u32) -> u64 {
+        let extra = u64::from(self.block_extra);
+        let stride = u64::from(self.block_size).saturating_add(extra);
+        let blocks = u64::from(entry).saturating_mul(stride);
+        self.data_offset.saturating_add(blocks).saturating_add(extra)
+    }
+
     /// Entries of the block map that the disk uses.
     pub(crate) fn entries(&self) -> u64 {
         self.size.div_ceil(u64::from(self.block_size).max(1))

@@ -7,8 +7,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::arithmetic_side_effects, clippy::as_conversions, clippy::indexing_slicing)]
 
+mod check;
 mod disk;
 mod header;
 
+pub use check::check;
 pub use disk::{OpenOptions, Parent, Vdi};
 pub use header::{Header, Kind, SIGNATURE, format_uuid};

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::unwrap_used)]
 
 use proptest::prelude::*;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tranship_block::{BlockDevice, ErrorKind, ExtentKind, MemoryDevice, Span};
@@ -10,7 +11,7 @@ use tranship_format_testing::{
     contents, damaged, digest, exercise, has_tool, pattern, qemu_img, samples, verify,
 };
 use tranship_raw::{Access, RawFile};
-use tranship_vdi::{Header, Kind, OpenOptions, Parent, SIGNATURE, Vdi};
+use tranship_vdi::{Header, Kind, OpenOptions, Parent, SIGNATURE, Vdi, check};
 
 const BLOCK: usize = 4096;
 const PARENT: [u8; 16] = [5; 16];
@@ -179,6 +180,7 @@ proptest! {
         let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::read_only(pattern(9000, 1)));
         let parent = Parent { device, uuid: PARENT, modification: [6; 16] };
         let _ = Header::read(&MemoryDevice::read_only(bytes.clone()));
+        let _ = check(&MemoryDevice::read_only(bytes.clone()));
         if let Ok(disk) = open(bytes, OpenOptions { salvage, parent: Some(parent) }) {
             exercise(&disk);
         }
@@ -200,4 +202,73 @@ fn samples_do_as_recorded() {
             _ => {}
         }
     }
+}
+
+/// What qemu-img and this crate say about an image: corruptions and leaks.
+fn verdicts(format: &str, bytes: &[u8]) -> [(u64, u64); 2] {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, bytes).unwrap();
+    let run = Command::new("qemu-img")
+        .args(["check", "--output", "json", "-f", format])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(run.stdout).unwrap();
+    let number = |key: &str| {
+        let start = text.find(&format!("\"{key}\": ")).map(|at| at + key.len() + 4);
+        let rest = start.map_or("0", |start| &text[start..]);
+        rest.split([',', '\n']).next().unwrap().parse::<u64>().unwrap()
+    };
+    let report = check(&MemoryDevice::read_only(bytes.to_vec())).unwrap();
+    assert_eq!(report.details.is_empty(), report.is_clean());
+    if format != "vdi" {
+        let theirs = ["allocated-clusters", "fragmented-clusters", "total-clusters"].map(number);
+        let ours = [report.allocated_clusters, report.fragmented_clusters, report.total_clusters];
+        assert_eq!(ours, theirs, "{text}");
+    }
+    [(report.corruptions, report.leaks), (number("corruptions"), number("leaks"))]
+}
+
+#[test]
+fn contradictions_are_found_as_by_qemu() {
+    if !has_tool("qemu-img") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let [raw, path] = ["raw", "vdi"].map(|name| folder.path().join(name));
+    let mut disk = vec![0; 10 << 20];
+    disk[3 << 20..][..100].fill(1);
+    disk[7 << 20..][..100].fill(2);
+    std::fs::write(&raw, disk).unwrap();
+    qemu_img(&["convert", "-f", "raw", "-O", "vdi"], &[&raw, &path]);
+    let good = std::fs::read(&path).unwrap();
+    let map = u32::from_le_bytes(good[0x154..0x158].try_into().unwrap()) as usize;
+    let changed = |at: usize, number: u32| {
+        let mut bytes = good.clone();
+        put(&mut bytes, at, number);
+        bytes
+    };
+    // The same, but qemu-img does not look whether blocks are in the file.
+    for (bytes, expected, theirs) in [
+        (good.clone(), 0, 0),
+        (changed(map + 4 * 7, 0), 1, 1),
+        (changed(map + 4 * 5, 50), 2, 1),
+        (changed(map + 4 * 5, 5), 2, 1),
+        (changed(0x184, 5), 1, 1),
+        (good[..good.len() - 4096].to_vec(), 1, 0),
+    ] {
+        let [ours, found] = verdicts("vdi", &bytes);
+        assert_eq!((ours, found.1), ((expected, 0), 0));
+        assert!(found.0 == theirs || found.0 == expected, "{found:?}");
+    }
+}
+
+#[test]
+fn a_check_needs_no_parent() {
+    let mut bytes = image(4, &[0, NONE, ZERO, 1], 512, 2);
+    put(&mut bytes, 0x184, 2);
+    let report = check(&MemoryDevice::read_only(bytes)).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!((report.allocated_clusters, report.total_clusters), (2, 4));
 }
