@@ -215,3 +215,9 @@ macro_rules! forward {
     )*};
 }
 forward!(Arc<D>, &D, Box<D>);
+
+impl<D: Storage + ?Sized> Storage for Arc<D> {
+    fn set_len(&self, len: u64) -> Result<()> {
+        (**self).set_len(len)
+    }
+}

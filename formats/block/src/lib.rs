@@ -23,6 +23,7 @@ mod lower;
 mod manifest;
 mod measure;
 mod memory;
+mod meter;
 mod packed;
 mod slice;
 #[cfg(test)]
@@ -48,6 +49,7 @@ pub use manifest::{
 };
 pub use measure::{LatencyClass, Measured, OperationStatistics, Statistics};
 pub use memory::MemoryDevice;
+pub use meter::{DiskMeter, DiskStatistics, FileMeter, FileStatistics, Meter};
 pub use packed::{Encoding, PackedTarget, PackedUnit};
 pub use slice::Slice;
 pub use throttle::{Rate, Throttle, Throttled};

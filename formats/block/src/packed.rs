@@ -4,6 +4,7 @@
 
 use crate::Result;
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// How a unit is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,4 +57,26 @@ pub trait PackedTarget: Debug + Send + Sync {
     ///
     /// I/O errors.
     fn finish(&self) -> Result<()>;
+}
+
+impl<T: PackedTarget + ?Sized> PackedTarget for Arc<T> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn unit(&self) -> u32 {
+        (**self).unit()
+    }
+
+    fn pack(&self, bytes: &[u8], arena: &mut Vec<u8>) -> Result<Encoding> {
+        (**self).pack(bytes, arena)
+    }
+
+    fn store(&self, arena: &[u8], units: &[PackedUnit]) -> Result<()> {
+        (**self).store(arena, units)
+    }
+
+    fn finish(&self) -> Result<()> {
+        (**self).finish()
+    }
 }

@@ -2,7 +2,8 @@
 //! Holding a device to a rate.
 
 use crate::{
-    Advice, BlockDevice, Extent, FileRange, Result, Span, Storage, Zeroing, device::length,
+    Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, Result, Span,
+    Storage, Zeroing, device::length,
 };
 use std::io::{IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
@@ -163,6 +164,29 @@ impl<D: BlockDevice> BlockDevice for Throttled<D> {
 impl<D: Storage> Storage for Throttled<D> {
     fn set_len(&self, len: u64) -> Result<()> {
         self.device.set_len(len)
+    }
+}
+
+impl<D: PackedTarget> PackedTarget for Throttled<D> {
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn unit(&self) -> u32 {
+        self.device.unit()
+    }
+
+    fn pack(&self, bytes: &[u8], arena: &mut Vec<u8>) -> Result<Encoding> {
+        self.device.pack(bytes, arena)
+    }
+
+    fn store(&self, arena: &[u8], units: &[PackedUnit]) -> Result<()> {
+        self.throttle.wait(length(arena));
+        self.device.store(arena, units)
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.device.finish()
     }
 }
 
