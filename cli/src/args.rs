@@ -5,6 +5,7 @@ mod absent;
 mod appliance;
 mod convert;
 pub(crate) mod image;
+mod metering;
 mod network;
 mod shell;
 mod values;
@@ -15,6 +16,7 @@ pub(crate) use appliance::{ApplianceArgs, ApplianceCommand, BenchArgs, BuildArgs
 pub(crate) use appliance::{ExportArgs, ImportArgs, ShellArgs as ApplianceShellArgs};
 pub(crate) use convert::ConvertArgs;
 pub(crate) use image::ImageArgs;
+pub(crate) use metering::MeteringArgs;
 pub(crate) use shell::{MountArgument, ShellArgs};
 pub(crate) use verify_boot::VerifyBootArgs;
 
@@ -43,7 +45,7 @@ pub(crate) enum Command {
     /// Start a converted guest and see whether it comes up
     VerifyBoot(VerifyBootArgs),
     /// Look at and change what is on disks, with guestfish's commands
-    Shell(ShellArgs),
+    Shell(Box<ShellArgs>),
     /// Look after the small virtual machine that opens the guests' disks
     Appliance(ApplianceArgs),
     /// Look at, make, check and copy disk images, with qemu-img's commands
@@ -159,10 +161,14 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         Personality::VirtV2v => {
             ConvertArgs::from_arg_matches(&matches).map(|args| Command::Convert(Box::new(args)))
         }
-        Personality::Guestfish => ShellArgs::with_drives(&matches).map(Command::Shell),
+        Personality::Guestfish => {
+            ShellArgs::with_drives(&matches).map(|args| Command::Shell(Box::new(args)))
+        }
         Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => {
             match matches.subcommand() {
-                Some(("shell", options)) => ShellArgs::with_drives(options).map(Command::Shell),
+                Some(("shell", options)) => {
+                    ShellArgs::with_drives(options).map(|args| Command::Shell(Box::new(args)))
+                }
                 Some(("image", options)) => {
                     image::from_matches(options).map(|args| Command::Image(Box::new(args)))
                 }

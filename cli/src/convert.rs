@@ -3,11 +3,13 @@
 
 use crate::args::ConvertArgs;
 use crate::failure::Failure;
+use crate::image::metering::Metering;
 use crate::personality::Personality;
 use crate::report::{Reports, Wishes};
 use crate::{engine, logging, signals, source_text, stdout};
 use tranship_appliance::CancelToken;
-use tranship_convert::{Event, Reporter};
+use tranship_block::Meter;
+use tranship_convert::{Event, Reporter, Request};
 
 /// What tools that call virt-v2v ask for before they rely on it; only what is true.
 const CAPABILITIES: &[&str] = &[
@@ -58,7 +60,19 @@ fn work(
             stdout::print(&source_text::render(&source))
         };
     }
-    let request = options.request(personality)?;
+    let metering = Metering::start(&options.metering)?;
+    let outcome = convert(personality, options, reports, metering.meter());
+    let told = metering.finish("convert");
+    outcome.and(told)
+}
+
+fn convert(
+    personality: Personality,
+    options: &ConvertArgs,
+    reports: &dyn Reporter,
+    meter: &Meter,
+) -> Result<(), Failure> {
+    let request = Request { meter: meter.clone(), ..options.request(personality)? };
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
     if options.dry_run {

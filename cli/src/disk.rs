@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use std::path::Path;
 use std::sync::Arc;
 use tranship_appliance::Drive;
-use tranship_block::{BlockDevice, Storage};
+use tranship_block::{BlockDevice, Meter, Storage};
 use tranship_formats::{Format, OpenOptions};
 use tranship_qcow2::{CreateOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
@@ -30,11 +30,18 @@ pub(crate) enum Use {
     Read,
 }
 
-/// Opens the image at `path`; its format is guessed if it is not named.
-pub(crate) fn open(path: &Path, format: Option<&str>, usage: Use) -> Result<Disk, Failure> {
+/// Opens the image at `path`; its format is guessed if it is not named. What is
+/// thrown away is not counted by `meter`.
+pub(crate) fn open(
+    path: &Path,
+    format: Option<&str>,
+    usage: Use,
+    meter: &Meter,
+) -> Result<Disk, Failure> {
     let format = format.map(str::parse::<Format>).transpose()?;
     let read_only = usage != Use::Write;
-    let options = OpenOptions { format, read_only, ..OpenOptions::default() };
+    let meter = meter.disk("image", &path.to_string_lossy());
+    let options = OpenOptions { format, read_only, meter, ..OpenOptions::default() };
     let opened = tranship_formats::open(path, &options)?;
     let drive = match usage {
         Use::Write => Drive { device: opened.device, read_only: false, durable: true },
@@ -64,7 +71,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk.img");
         std::fs::write(&path, vec![7_u8; 1 << 20]).unwrap();
-        let disk = open(&path, Some("raw"), Use::Discard).unwrap().drive;
+        let disk = open(&path, Some("raw"), Use::Discard, &Meter::default()).unwrap().drive;
         disk.device.write_at(&[1; 512], 4096).unwrap();
         let mut found = [0; 1024];
         disk.device.read_at(&mut found, 4096 - 512).unwrap();
@@ -76,9 +83,11 @@ mod tests {
 
     #[test]
     fn unknown_formats_and_files_are_named() {
-        let failure = open(Path::new("/nowhere/d.img"), None, Use::Read).unwrap_err();
+        let failure =
+            open(Path::new("/nowhere/d.img"), None, Use::Read, &Meter::default()).unwrap_err();
         assert!(failure.render("p").contains("/nowhere/d.img"), "{failure:?}");
-        let failure = open(Path::new("/nowhere/d.img"), Some("ntfs"), Use::Read).unwrap_err();
+        let failure = open(Path::new("/nowhere/d.img"), Some("ntfs"), Use::Read, &Meter::default())
+            .unwrap_err();
         assert!(failure.message().contains("ntfs"), "{failure:?}");
         assert_eq!(failure.exit_code(), 2);
     }

@@ -19,6 +19,7 @@ mod info;
 mod json;
 mod map;
 mod measure;
+pub(crate) mod metering;
 mod options;
 mod pieces;
 mod rebase;
@@ -29,36 +30,43 @@ mod snapshot;
 mod source;
 mod verify;
 
-use crate::args::ImageArgs;
 use crate::args::image::ImageCommand;
+use crate::args::{ImageArgs, MeteringArgs};
 use crate::failure::Failure;
 use crate::personality::Personality;
 use console::Console;
+use metering::Metering;
 use tranship_formats::Format;
 
 /// Does what the options ask for. Without another one, the exit code of a failure is 1.
 pub(crate) fn run(personality: Personality, args: &ImageArgs) -> Result<u8, Failure> {
     let console = Console::new(personality);
+    let (name, wanted) = args.command.metering().unzip();
+    // Where 1 is a result, it cannot be a mistake in the options.
+    let is_result = matches!(args.command, ImageCommand::Compare(_) | ImageCommand::Verify(_));
+    let wrong = |failure: Failure| failure.exiting_with(if is_result { 2 } else { 1 });
+    let metering = Metering::start(wanted.unwrap_or(&MeteringArgs::default())).map_err(wrong)?;
     let outcome = match &args.command {
         ImageCommand::Amend(args) => amend::run(args, console),
-        ImageCommand::Bench(args) => bench::run(args, console),
+        ImageCommand::Bench(args) => bench::run(args, console, &metering),
         ImageCommand::Bitmap(args) => bitmap::run(args, console),
-        ImageCommand::Check(args) => check::run(args, console),
-        ImageCommand::Commit(args) => commit::run(args, console),
-        ImageCommand::Compact(args) => compact::run(args, console),
-        ImageCommand::Compare(args) => compare::run(args, console),
-        ImageCommand::Convert(args) => convert::run(args, console),
+        ImageCommand::Check(args) => check::run(args, console, &metering),
+        ImageCommand::Commit(args) => commit::run(args, console, &metering),
+        ImageCommand::Compact(args) => compact::run(args, console, &metering),
+        ImageCommand::Compare(args) => compare::run(args, console, &metering),
+        ImageCommand::Convert(args) => convert::run(args, console, &metering),
         ImageCommand::Create(args) => create::run(args, console),
-        ImageCommand::Dd(args) => dd::run(args, console),
+        ImageCommand::Dd(args) => dd::run(args, console, &metering),
         ImageCommand::Info(args) => info::run(args, console),
-        ImageCommand::Map(args) => map::run(args, console),
-        ImageCommand::Measure(args) => measure::run(args, console),
-        ImageCommand::Rebase(args) => rebase::run(args, console),
+        ImageCommand::Map(args) => map::run(args, console, &metering),
+        ImageCommand::Measure(args) => measure::run(args, console, &metering),
+        ImageCommand::Rebase(args) => rebase::run(args, console, &metering),
         ImageCommand::Resize(args) => resize::run(args, console),
         ImageCommand::Snapshot(args) => snapshot::run(args, console),
-        ImageCommand::Verify(args) => verify::run(args, console),
+        ImageCommand::Verify(args) => verify::run(args, console, &metering),
     };
-    outcome.map_err(|failure| failure.exiting_with(1))
+    let told = metering.finish(name.unwrap_or_default()).map_err(wrong);
+    outcome.map_err(|failure| failure.exiting_with(1)).and_then(|code| told.map(|()| code))
 }
 
 /// Names of the formats that can be opened, sorted.

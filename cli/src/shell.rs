@@ -16,11 +16,13 @@ mod values;
 
 use crate::args::ShellArgs;
 use crate::failure::Failure;
+use crate::image::metering::Metering;
 use crate::personality::Personality;
 use crate::{logging, signals, stdout};
 use script::{Origin, Script};
 use session::Shell;
 use tranship_appliance::CancelToken;
+use tranship_block::Meter;
 use tranship_convert::ErrorKind;
 
 /// How a command ended the way it was meant to.
@@ -37,10 +39,17 @@ type Outcome = Result<Flow, Failure>;
 /// Runs the command: 0, or 1 as soon as a command fails.
 pub(crate) fn run(personality: Personality, options: &ShellArgs) -> Result<u8, Failure> {
     logging::start(&options.talk);
+    let metering = Metering::start(&options.metering)?;
+    let outcome = work(personality, options, metering.meter());
+    let told = metering.finish("shell");
+    outcome.and_then(|status| told.map(|()| status))
+}
+
+fn work(personality: Personality, options: &ShellArgs, meter: &Meter) -> Result<u8, Failure> {
     let script = Script::of(options)?;
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let mut shell = Shell::new(personality, options, &cancel);
+    let mut shell = Shell::new(personality, options, &cancel, meter);
     for (path, format) in &options.drives {
         shell.add(path, format.as_deref(), options.ro)?;
     }

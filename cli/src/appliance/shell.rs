@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::{logging, places, signals, stdout};
 use std::io::{BufRead, IsTerminal, Write};
 use tranship_appliance::{CancelToken, Guest};
+use tranship_block::Meter;
 
 /// Goes to where the last line left off, runs the line, and remembers where that led.
 /// The appliance has disk programs only; busybox, if it is there, lends `ls` and the like.
@@ -30,7 +31,7 @@ pub(super) fn run(options: &ApplianceShellArgs) -> Result<u8, Failure> {
     signals::cancel_on_signal(cancel.clone())?;
     let mut guest = Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone());
     for path in &options.add {
-        guest.add_drive(disk::open(path, None, Use::Read)?.drive)?;
+        guest.add_drive(disk::open(path, None, Use::Read, &Meter::default())?.drive)?;
     }
     guest.launch(&places::boot(&telling())?)?;
     let input = std::io::stdin();

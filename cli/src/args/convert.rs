@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The options of `convert`, which are virt-v2v's as far as they go.
 
-use super::{MachineArgs, MachineReadable, Talk, absent, network, values};
+use super::{MachineArgs, MachineReadable, MeteringArgs, Talk, absent, network, values};
 use crate::failure::Failure;
 use crate::personality::Personality;
 use crate::places;
 use clap::{ArgAction, Args};
 use std::path::{Path, PathBuf};
+use tranship_block::Meter;
 use tranship_convert::{InitramfsMode, Input, Key, NetworkRule, Request, RootChoice, TargetFormat};
 
 /// Options of `convert`.
@@ -84,6 +85,8 @@ pub(crate) struct ConvertArgs {
     pub(crate) dry_run: bool,
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
 
     /// Print the result as JSON on standard output
     #[arg(long, help_heading = "Output")]
@@ -273,6 +276,7 @@ impl ConvertArgs {
             trim: !self.no_trim,
             initramfs: self.rebuild_initramfs,
             verify_manifest: !self.no_verify_manifest,
+            meter: Meter::default(),
             force: self.force,
             appliance: places::settings(&self.machine),
             image: places::build_options(None)?,

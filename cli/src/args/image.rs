@@ -16,7 +16,7 @@ pub(crate) use copy::VerifyArgs;
 pub(crate) use copy::{BenchArgs, CommitArgs, CompactArgs, ConvertArgs, DdArgs, RebaseArgs};
 pub(crate) use look::{CheckArgs, CompareArgs, InfoArgs, MapArgs, MeasureArgs};
 
-use super::{Command, Parsed};
+use super::{Command, MeteringArgs, Parsed};
 use crate::failure::Failure;
 use crate::personality::Personality;
 use clap::error::ErrorKind as ClapKind;
@@ -71,6 +71,31 @@ pub(crate) enum ImageCommand {
     Verify(VerifyArgs),
 }
 
+impl ImageCommand {
+    /// Its name, and what it is to tell about its disks; none if it moves no data.
+    pub(crate) fn metering(&self) -> Option<(&'static str, &MeteringArgs)> {
+        match self {
+            Self::Bench(args) => Some(("bench", &args.metering)),
+            Self::Check(args) => Some(("check", &args.metering)),
+            Self::Commit(args) => Some(("commit", &args.metering)),
+            Self::Compact(args) => Some(("compact", &args.metering)),
+            Self::Compare(args) => Some(("compare", &args.metering)),
+            Self::Convert(args) => Some(("convert", &args.metering)),
+            Self::Dd(args) => Some(("dd", &args.metering)),
+            Self::Map(args) => Some(("map", &args.metering)),
+            Self::Measure(args) => Some(("measure", &args.metering)),
+            Self::Rebase(args) => Some(("rebase", &args.metering)),
+            Self::Verify(args) => Some(("verify", &args.metering)),
+            Self::Amend(_)
+            | Self::Bitmap(_)
+            | Self::Create(_)
+            | Self::Info(_)
+            | Self::Resize(_)
+            | Self::Snapshot(_) => None,
+        }
+    }
+}
+
 /// How images are named, for all images of a command.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Naming {
@@ -115,7 +140,13 @@ pub(crate) struct OutputArgs {
 
 /// Gives `image` what all its commands have in common.
 pub(super) fn describe(definition: clap::Command) -> clap::Command {
+    // qemu-img has a short name for the rate where it has a rate.
+    let with_rate = |command: clap::Command| {
+        command.mut_arg("limit_rate", |rate| rate.short('r').visible_alias("rate"))
+    };
     definition
+        .mut_subcommand("convert", with_rate)
+        .mut_subcommand("commit", with_rate)
         .infer_long_args(true)
         .args_override_self(true)
         .subcommand_required(true)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The options of `shell`, which are guestfish's as far as they go.
 
-use super::{MachineArgs, Talk, values};
+use super::{MachineArgs, MeteringArgs, Talk, values};
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -43,6 +43,8 @@ pub(crate) struct ShellArgs {
     pub(crate) file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     #[command(flatten)]
     pub(crate) talk: Talk,
     /// The disks in order, each with the format that was named before it.
@@ -115,7 +117,7 @@ mod tests {
     fn parsed(words: &[&str]) -> Result<ShellArgs, String> {
         let words = words.iter().map(OsString::from).collect();
         match parse(Personality::Guestfish, words).map_err(|failure| failure.render("p"))? {
-            Parsed::Command(Command::Shell(options)) => Ok(options),
+            Parsed::Command(Command::Shell(options)) => Ok(*options),
             other => panic!("{other:?}"),
         }
     }

@@ -5,6 +5,7 @@
 mod load;
 
 use super::console::Console;
+use super::metering::Metering;
 use super::sizes::{self, SizeError};
 use super::source::{self, Opening};
 use crate::args::image::BenchArgs;
@@ -17,7 +18,7 @@ use std::time::Instant;
 const MOST: u64 = i32::MAX as u64;
 
 /// Runs the requests.
-pub(crate) fn run(args: &BenchArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &BenchArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let (load, depth) = load(args)?;
     let name = source::one(&args.names, "bench", console)?;
     let cache = args.cache.as_deref();
@@ -33,9 +34,13 @@ pub(crate) fn run(args: &BenchArgs, console: Console) -> Result<u8, Failure> {
         writable: args.write,
         force_share: args.force_share,
         direct,
-        ..Opening::reading(&args.naming, args.format.format.as_deref())
+        ..Opening::reading(&args.naming, args.format.format.as_deref()).counted(metering, "image")
     };
     let opened = opening.open(name, console)?.opened;
+    let aio = if args.native { Some("native") } else { args.aio.as_deref() };
+    if let Some(aio @ ("native" | "io_uring")) = aio {
+        console.warn(&format!("requests are made by threads, not by {aio}"));
+    }
     // Printed with --quiet as well: there is nothing else to run this for.
     stdout::print(&format!(
         "Sending {} {} requests, {} bytes each, {depth} in parallel (starting at offset {}, step \

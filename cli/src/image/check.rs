@@ -3,13 +3,14 @@
 
 use super::console::Console;
 use super::json::{Json, Object};
+use super::metering::Metering;
 use super::source::{self, Opening, Output};
 use crate::args::image::{CheckArgs, Naming};
 use crate::failure::Failure;
 use crate::stdout;
 use std::fmt::Write;
 use std::sync::Arc;
-use tranship_block::{CheckReport, Repair, Request, Storage};
+use tranship_block::{CheckReport, DiskMeter, Repair, Request, Storage};
 use tranship_formats::{FolderGate, Format, Layer};
 use tranship_raw::{Access, RawFile};
 use tranship_vmdk::ExtentFiles;
@@ -18,7 +19,7 @@ use tranship_vmdk::ExtentFiles;
 const NO_CHECKS: u8 = 63;
 
 /// Looks for contradictions.
-pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &CheckArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let output = source::output(args.output.output.as_deref(), "check", console)?;
     let repair = match args.repair.as_deref() {
         None => Repair::Nothing,
@@ -35,7 +36,7 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
         writable: repair != Repair::Nothing,
         force_share: args.force_share,
         direct,
-        ..Opening::reading(&args.naming, args.format.format.as_deref())
+        ..Opening::reading(&args.naming, args.format.format.as_deref()).counted(metering, "image")
     };
     let source = opening.open_file(name, console)?;
     let format = source.opened.format;
@@ -44,7 +45,7 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
             .opened
             .layers
             .first()
-            .map_or(Ok(None), |layer| examine(layer, &args.naming, repair));
+            .map_or(Ok(None), |layer| examine(layer, &args.naming, &source.meter, repair));
         let report = report.map_err(|failure: Failure| failure.within("Check failed"))?;
         let report = report.ok_or_else(|| {
             Failure::usage("This image format does not support checks").exiting_with(NO_CHECKS)
@@ -83,18 +84,27 @@ pub(crate) fn run(args: &CheckArgs, console: Console) -> Result<u8, Failure> {
 
 /// Checks the bytes in `layer`, whatever the disk in them is like; `None` if the format has no
 /// checks.
-fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<CheckReport>, Failure> {
+fn examine(
+    layer: &Layer,
+    naming: &Naming,
+    meter: &DiskMeter,
+    repair: Repair,
+) -> Result<Option<CheckReport>, Failure> {
     let storage: Arc<dyn Storage> = match &layer.storage {
         Some(storage) => Arc::clone(storage),
         // Whoever only looks has a file as well: nothing is written without repairs.
-        None if layer.path.exists() => Arc::new(RawFile::open(&layer.path, Access::ReadOnly)?),
+        None if layer.path.exists() => {
+            counted(meter, RawFile::open(&layer.path, Access::ReadOnly)?)
+        }
         None if layer.format == Format::Qcow2 => {
             return Ok(Some(tranship_qcow2::check_read_only(&layer.file)?));
         }
         None => return Ok(None),
     };
     let report = match layer.format {
-        Format::Vdi | Format::Qed | Format::Parallels if repair != Repair::Nothing => {
+        // As qemu-img says it.
+        Format::Vdi if repair != Repair::Nothing => return Ok(None),
+        Format::Qed | Format::Parallels if repair != Repair::Nothing => {
             return Err(Failure::usage(format!(
                 "images of format {} can be checked, but not repaired",
                 layer.format
@@ -104,7 +114,8 @@ fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<Chec
         Format::Vhdx => tranship_vhdx::check(&*storage, repair),
         Format::Vpc => tranship_vpc::check(&*storage, repair),
         Format::Vmdk => {
-            let files = Parts(FolderGate::beside(&layer.path, &naming.allow_path));
+            let gate = FolderGate::beside(&layer.path, &naming.allow_path);
+            let files = Parts { gate, meter: meter.clone() };
             tranship_vmdk::check(&*storage, &files, repair)
         }
         Format::Parallels if layer.path.extension().is_some_and(|ending| ending == "xml") => {
@@ -115,14 +126,23 @@ fn examine(layer: &Layer, naming: &Naming, repair: Repair) -> Result<Option<Chec
     Ok(Some(report?))
 }
 
+/// A file that is opened here, as the disk's and as itself.
+fn counted(meter: &DiskMeter, file: RawFile) -> Arc<dyn Storage> {
+    let own = meter.file(file.path());
+    meter.storage(own.storage(Arc::new(file)))
+}
+
 /// The files of a VMDK besides its first one.
 #[derive(Debug)]
-struct Parts(FolderGate);
+struct Parts {
+    gate: FolderGate,
+    meter: DiskMeter,
+}
 
 impl ExtentFiles for Parts {
     fn open(&self, name: &str, writable: bool) -> tranship_block::Result<Arc<dyn Storage>> {
         let request = Request { name, role: "VMDK extent", writable };
-        Ok(Arc::new(self.0.open_file(request)?))
+        Ok(counted(&self.meter, self.gate.open_file(request)?))
     }
 
     fn create(&self, name: &str, _size: u64) -> tranship_block::Result<Arc<dyn Storage>> {

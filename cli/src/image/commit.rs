@@ -2,7 +2,7 @@
 //! `image commit`: what a disk's upper images hold goes into one below.
 
 use super::console::{Console, Progress};
-use super::convert;
+use super::metering::Metering;
 use super::pieces::{self, PIECE};
 use super::resize::{self, Change};
 use super::source::{self, Opening, Source};
@@ -13,25 +13,25 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tranship_appliance::CancelToken;
-use tranship_block::{BlockDevice, ExtentKind, Rate, Span, Throttle, Throttled, Zeroing};
+use tranship_block::{BlockDevice, ExtentKind, Span, Zeroing};
 use tranship_formats::{Below, Disk, Format, Layer, Spec};
 
 /// Commits an image.
-pub(crate) fn run(args: &CommitArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &CommitArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let direct = source::cache(args.cache.as_deref(), "");
-    let rate = args.limit.limit_rate.as_deref().map(convert::rate).transpose()?.flatten();
     let name = source::one(&args.names, "commit", console)?;
     let direct = direct?;
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
     let format = args.format.format.as_deref();
-    let opening = Opening { direct, ..Opening::writing(&args.naming, format) };
+    let opening =
+        Opening { direct, ..Opening::writing(&args.naming, format).counted(metering, "image") };
     let plan = plan(args, name, opening, console)?;
     let progress = Progress::start(args.progress && !args.quiet);
     // Only what has just been committed into the next image may be taken from this one:
     // the images between this one and a lower base do not change.
     let empties = !args.drop && args.base.is_none();
-    let job = Job { args, plan, opening, rate, empties, console };
+    let job = Job { args, plan, opening, empties, console, metering };
     match job.run(&progress, &cancel) {
         Ok(()) => progress.finish(),
         Err(failure) => {
@@ -65,7 +65,7 @@ fn plan(
         // Says what writing to a guessed format means.
         drop(opening.open_file(name, console)?);
     }
-    let Source { name, spec, opened } =
+    let Source { name, spec, opened, .. } =
         Opening { writable: false, ..opening }.open(name, console)?;
     let layers = &opened.layers;
     if layers.len() < 2 {
@@ -104,10 +104,10 @@ struct Job<'a> {
     plan: Plan,
     /// For the image.
     opening: Opening<'a>,
-    rate: Option<Rate>,
     /// The image shows its base again afterwards.
     empties: bool,
     console: Console,
+    metering: &'a Metering,
 }
 
 impl Job<'_> {
@@ -152,14 +152,11 @@ impl Job<'_> {
         let opening = Opening {
             direct: self.opening.direct,
             ..Opening::writing(&naming, Some(self.plan.base_format.name()))
+                .counted(self.metering, "base")
         };
         self.grow(&opening, upper.size())?;
         let base = opening.open(self.plan.base.as_os_str(), self.console)?;
         let target = Arc::clone(&base.opened.device);
-        let source: Arc<dyn BlockDevice> = match self.rate {
-            None => Arc::clone(upper),
-            Some(rate) => Arc::new(Throttled::new(Arc::clone(upper), Throttle::new(rate))),
-        };
         let failed = |error: tranship_block::Error| {
             Failure::from(error).within("Error while committing image")
         };
@@ -188,7 +185,7 @@ impl Job<'_> {
                     return target.write_zeroes(span, Zeroing::MayUnmap).map_err(failed);
                 }
                 buf.resize(usize::try_from(span.len).unwrap_or(usize::MAX), 0);
-                source.read_at(buf, span.start).map_err(failed)?;
+                upper.read_at(buf, span.start).map_err(failed)?;
                 target.write_at(buf, span.start).map_err(failed)
             },
         )?;

@@ -4,6 +4,7 @@
 mod trim;
 
 use super::console::{Console, Progress};
+use super::metering::Metering;
 use super::pieces::{self, PIECE};
 use super::sizes;
 use super::source::{self, Opening, Source};
@@ -22,11 +23,16 @@ use tranship_formats::{Disk, Format};
 const STAT_BLOCK: u64 = 512;
 
 /// Compacts an image.
-pub(crate) fn run(args: &CompactArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(
+    args: &CompactArgs,
+    console: Console,
+    metering: &Metering,
+) -> Result<u8, Failure> {
     let name = source::one(&args.names, "compact", console)?;
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let opening = Opening::writing(&args.naming, args.format.format.as_deref());
+    let opening =
+        Opening::writing(&args.naming, args.format.format.as_deref()).counted(metering, "image");
     let source = opening.open_file(name, console)?;
     let format = source.opened.format;
     if !matches!(format, Format::Raw | Format::Qcow2 | Format::Vpc | Format::Vhdx) {

@@ -2,6 +2,7 @@
 //! `image compare`: whether the guests of two images see the same disk.
 
 use super::console::{Console, Progress};
+use super::metering::Metering;
 use super::source::{self, Opening};
 use crate::args::image::CompareArgs;
 use crate::failure::Failure;
@@ -23,23 +24,28 @@ const CANNOT_READ: u8 = 4;
 const SECTOR: u64 = 512;
 
 /// Compares two images.
-pub(crate) fn run(args: &CompareArgs, console: Console) -> std::result::Result<u8, Failure> {
+pub(crate) fn run(
+    args: &CompareArgs,
+    console: Console,
+    metering: &Metering,
+) -> std::result::Result<u8, Failure> {
     let [first, second] = args.names.as_slice() else {
         return Err(source::usage(console, "compare", "Expecting two image file names"));
     };
     let cannot = |failure: Failure| failure.exiting_with(CANNOT_OPEN);
     let direct = source::cache(args.cache.as_deref(), "source ").map_err(cannot)?;
     let progress = Progress::start(args.progress && !args.quiet);
-    let open = |name, format: &Option<String>| {
+    let open = |name, format: &Option<String>, role| {
         let opening = Opening {
             force_share: args.reading.force_share,
             salvage: args.reading.salvage,
             direct,
-            ..Opening::reading(&args.naming, format.as_deref())
+            ..Opening::reading(&args.naming, format.as_deref()).counted(metering, role)
         };
         opening.open(name, console).map_err(cannot)
     };
-    let (first, second) = (open(first, &args.a_format)?, open(second, &args.b_format)?);
+    let first = open(first, &args.a_format, "first")?;
+    let second = open(second, &args.b_format, "second")?;
     let [left, right] = [&first, &second].map(|source| InSectors(&*source.opened.device));
     let say = |text: &str| if args.quiet { Ok(()) } else { stdout::print(text) };
     let [one, other] = [left.size(), right.size()];

@@ -9,20 +9,19 @@ mod watch;
 use super::bitmap;
 use super::console::{Console, Progress};
 use super::create::{self, Wish};
+use super::metering::Metering;
 use super::source::{self, Opening, Source};
 use crate::args::image::{ConvertArgs, Naming};
 use crate::failure::Failure;
 use crate::signals;
 pub(crate) use hash::write_hashes;
 use plan::Plan;
-pub(crate) use plan::rate;
 use resume::State;
 use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use tranship_appliance::CancelToken;
 use tranship_block::{
-    BlockDevice, Concat, Copied, CopyOptions, Measured, Slice, Span, Throttle, Throttled, copy,
-    copy_packed,
+    BlockDevice, Concat, Copied, CopyOptions, DiskMeter, Slice, Span, copy, copy_packed,
 };
 use tranship_formats::{Compressing, FillOptions, Filling, Place, Staged, fill};
 use watch::Watch;
@@ -31,7 +30,11 @@ use watch::Watch;
 const CHECKPOINT: u64 = 256 << 20;
 
 /// Copies what the options say.
-pub(crate) fn run(args: &ConvertArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(
+    args: &ConvertArgs,
+    console: Console,
+    metering: &Metering,
+) -> Result<u8, Failure> {
     let plan = Plan::new(args)?;
     let format = args.target_format.as_deref().unwrap_or("raw");
     if plan.wants_help {
@@ -50,9 +53,10 @@ pub(crate) fn run(args: &ConvertArgs, console: Console) -> Result<u8, Failure> {
     }
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let sources = open_sources(args, names, console)?;
+    let sources = open_sources(args, names, console, metering)?;
     let device = joined(&sources, args)?;
-    let job = Job { args, plan: &plan, sources: &sources, device: &device, cancel, console };
+    let job =
+        Job { args, plan: &plan, sources: &sources, device: &device, cancel, console, metering };
     let progress = Progress::start(args.progress && !args.quiet);
     let outcome = if args.no_create {
         job.onto(target, &progress)
@@ -73,6 +77,7 @@ fn open_sources(
     args: &ConvertArgs,
     names: &[OsString],
     console: Console,
+    metering: &Metering,
 ) -> Result<Vec<Source>, Failure> {
     let naming = Naming {
         image_opts: args.source_image_opts,
@@ -83,7 +88,7 @@ fn open_sources(
         force_share: args.reading.force_share,
         salvage: args.reading.salvage,
         direct: matches!(args.source_cache.as_deref(), Some("none" | "off" | "directsync")),
-        ..Opening::reading(&naming, args.source_format.as_deref())
+        ..Opening::reading(&naming, args.source_format.as_deref()).counted(metering, "source")
     };
     names.iter().map(|name| opening.open(name, console)).collect()
 }
@@ -111,17 +116,10 @@ struct Job<'a> {
     device: &'a Arc<dyn BlockDevice>,
     cancel: CancelToken,
     console: Console,
+    metering: &'a Metering,
 }
 
 impl Job<'_> {
-    /// The source, held to the rate.
-    fn source(&self) -> Arc<dyn BlockDevice> {
-        match self.plan.rate {
-            None => Arc::clone(self.device),
-            Some(rate) => Arc::new(Throttled::new(Arc::clone(self.device), Throttle::new(rate))),
-        }
-    }
-
     fn failed(&self, error: tranship_block::Error) -> Failure {
         let name = self.sources.first().map_or("", |source| source.name.as_str());
         Failure::from(error).within(format!("error while converting {name}"))
@@ -137,11 +135,14 @@ impl Job<'_> {
         };
         let format = args.target_format.as_deref().unwrap_or("raw");
         let format = (!args.target_image_opts).then_some(format);
-        let opening = Opening { direct: self.plan.direct, ..Opening::writing(&naming, format) };
-        let opened = opening.open(target, self.console)?.opened;
+        let opening = Opening {
+            direct: self.plan.direct,
+            ..Opening::writing(&naming, format).counted(self.metering, "target")
+        };
+        let Source { opened, meter, .. } = opening.open(target, self.console)?;
         let device: Arc<dyn BlockDevice> = match (args.compress, opened.qcow2()) {
             (false, _) => Arc::clone(&opened.device),
-            (true, Some(image)) => Arc::new(Compressing(Arc::clone(image))),
+            (true, Some(image)) => meter.device(Arc::new(Compressing(Arc::clone(image)))),
             (true, None) => {
                 return Err(Failure::usage("Compression not supported for this file format"));
             }
@@ -152,11 +153,10 @@ impl Job<'_> {
         let options = CopyOptions { target_is_zero: args.target_is_zero, ..self.plan.copying };
         let hash = args.hash.as_deref();
         let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), None)?;
-        let (source, measured) = (Measured::new(self.source()), Measured::new(device));
-        let copied = copy(&source, &measured, &options, &watch)
+        let copied = copy(self.device, &device, &options, &watch)
             .map_err(|error| watch.failure().unwrap_or_else(|| self.failed(error)))?;
-        self.tell(&source, Some(&measured), &copied)?;
-        drop((measured, opened));
+        self.note(copied, &meter, args.target_is_zero);
+        drop((device, opened));
         if args.bitmaps {
             let file = opening.open_file(target, self.console)?;
             bitmap::copy_all(self.sources, &file, args.skip_broken_bitmaps, self.console)?;
@@ -194,10 +194,14 @@ impl Job<'_> {
             source.refuse_as_target(&path).map_err(named)?;
         }
         let staged = Staged::begin(&path, args.resume).map_err(|error| named(error.into()))?;
-        let what = wished.what(self.console).map_err(named)?;
+        let what = wished.what().map_err(named)?;
         let backing = self.backing(&path)?;
         let state = State::open(args, &staged, self.sources, self.device.size())?;
         let start = state.as_ref().map_or(0, State::start);
+        if start == 0 {
+            wished.prepare(&staged.path(), self.console).map_err(named)?;
+        }
+        let meter = self.metering.meter().disk("target", &shown);
         let options = FillOptions {
             // Compressed clusters over a backing file: zeroes have to be written as such.
             compressed: args.compress && backing.is_none(),
@@ -205,8 +209,9 @@ impl Job<'_> {
             resume: start > 0,
             durable: self.plan.durable || args.resume,
             direct: self.plan.direct,
+            meter: meter.clone(),
         };
-        let filling = fill(&staged.path(), &what, options, backing.clone()).map_err(|error| {
+        let filling = fill(&staged.path(), &what, &options, backing.clone()).map_err(|error| {
             // What the format cannot do has nothing to do with the file.
             if args.compress && format != tranship_formats::Format::Qcow2 {
                 return Failure::usage("Compression not supported for this file format");
@@ -216,10 +221,10 @@ impl Job<'_> {
         let hash = args.hash.as_deref();
         let watch = Watch::new(progress, &self.cancel, hash, self.device.size(), state)?;
         let mut copying = CopyOptions { start, ..self.plan.copying };
-        let source = Measured::new(self.source());
-        let mut measured = None;
         let copied = match (&filling, filling.device()) {
-            (Filling::Packed(target), _) => copy_packed(&source, &**target, &copying, &watch),
+            (Filling::Packed(target), _) => {
+                copy_packed(self.device, &*meter.packed(Arc::clone(target)), &copying, &watch)
+            }
             (_, Some(device)) => {
                 copying.target_is_zero = backing.is_none();
                 copying.deepest = self.deepest(backing.is_some());
@@ -228,46 +233,32 @@ impl Job<'_> {
                     (Filling::Qcow2(image), true) => Arc::new(Compressing(Arc::clone(image))),
                     _ => device,
                 };
-                copy(&source, measured.insert(Measured::new(device)), &copying, &watch)
+                copy(self.device, &meter.device(device), &copying, &watch)
             }
             (_, None) => return Err(Failure::usage("the new image cannot be written")),
         }
         .map_err(|error| watch.failure().unwrap_or_else(|| self.failed(error)))?;
-        self.tell(&source, measured.as_ref(), &copied)?;
-        drop(measured);
+        self.note(copied, &meter, backing.is_none());
         filling.finish().map_err(|error| self.failed(error))?;
         if args.bitmaps {
             let file = Opening::writing(&Naming::default(), Some(format.name()))
                 .open_file(staged.path().as_os_str(), self.console)?;
             bitmap::copy_all(self.sources, &file, args.skip_broken_bitmaps, self.console)?;
         }
+        let part = staged.path();
         staged.publish()?;
+        if let (Some(from), Some(to)) = (part.parent(), path.parent()) {
+            meter.moved(from, to);
+        }
         watch.finish(copied, self.console)
     }
 
-    /// Writes down what the disks had to do, if somebody wants to know.
-    fn tell(
-        &self,
-        source: &Measured<Arc<dyn BlockDevice>>,
-        target: Option<&Measured<Arc<dyn BlockDevice>>>,
-        copied: &Copied,
-    ) -> Result<(), Failure> {
-        let Some(path) = &self.args.statistics else { return Ok(()) };
-        source.note_zeroes_skipped(copied.bytes_zero);
-        let text = serde_json::json!({
-            "source": source.snapshot(),
-            "target": target.map(Measured::snapshot),
-            "copied": {
-                "bytes_read": copied.bytes_read,
-                "bytes_written": copied.bytes_written,
-                "bytes_zero": copied.bytes_zero,
-                "bytes_offloaded": copied.bytes_offloaded,
-                "bytes_skipped": copied.bytes_skipped,
-                "bytes_unreadable": copied.bytes_unreadable,
-            },
-        });
-        std::fs::write(path, format!("{text:#}\n"))
-            .map_err(|error| Failure::io(&format!("writing {}", path.display()), &error))
+    /// Writes down what the copy did; `skipped` says that zeroes were not written.
+    fn note(&self, copied: Copied, target: &DiskMeter, skipped: bool) {
+        if skipped {
+            target.note_zeroes_skipped(copied.bytes_zero);
+        }
+        self.metering.note_copy(copied);
     }
 
     /// What the new image is based on, for reading.
@@ -276,6 +267,7 @@ impl Job<'_> {
         let path = source::beside(target, name);
         let naming = Naming { object: self.args.object.clone(), ..Naming::default() };
         let opened = Opening::reading(&naming, self.args.backing_format.as_deref())
+            .counted(self.metering, "base")
             .open(path.as_os_str(), self.console)?;
         Ok(Some(opened.opened.device))
     }

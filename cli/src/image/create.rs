@@ -2,6 +2,7 @@
 //! `image create`: a new, empty image.
 
 mod build;
+mod file;
 mod others;
 
 use super::console::Console;
@@ -14,7 +15,7 @@ use crate::stdout;
 pub(crate) use build::{preallocation, qcow2_preallocation, qcow2_shape};
 use std::ffi::OsString;
 use std::path::Path;
-use tranship_formats::{Format, Spec};
+use tranship_formats::{Format, Spec, WhenEmpty};
 
 /// Creates the image that the options describe.
 pub(crate) fn run(args: &CreateArgs, console: Console) -> Result<u8, Failure> {
@@ -238,15 +239,22 @@ impl Plan {
     }
 
     /// What is to be made.
-    pub(crate) fn what(&self, console: Console) -> Result<tranship_formats::Create, Failure> {
-        build::build(self.format, &self.options, &self.spec, console)
+    pub(crate) fn what(&self) -> Result<tranship_formats::Create, Failure> {
+        build::build(self.format, &self.options, &self.spec)
+    }
+
+    /// Makes the file at `path` an empty one, if its filesystem is to be told something about
+    /// it before there is anything in it.
+    pub(crate) fn prepare(&self, path: &Path, console: Console) -> Result<(), Failure> {
+        file::prepare(path, &self.options, console)
     }
 
     /// Makes the image.
     pub(crate) fn carry_out(&self, console: Console) -> Result<(), Failure> {
-        let what = build::build(self.format, &self.options, &self.spec, console)?;
-        let in_place = self.options.switch("nocow") == Some(true);
-        tranship_formats::create(&self.spec, &what, in_place)
+        let what = self.what()?;
+        let hints = file::Hints::of(&self.options)?;
+        let when_empty: WhenEmpty = Box::new(move |file| hints.tell(file, console));
+        tranship_formats::create(&self.spec, &what, Some(when_empty))
             .map_err(|error| Failure::from(error).within("Could not create the image"))
     }
 }

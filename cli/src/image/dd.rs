@@ -5,6 +5,7 @@ mod operands;
 
 use super::console::{Console, Progress};
 use super::create::{self, Wish};
+use super::metering::Metering;
 use super::source::{Opening, Source};
 use crate::args::image::{DdArgs, Naming};
 use crate::failure::Failure;
@@ -21,13 +22,13 @@ use tranship_formats::{FillOptions, Filling, Format, Place, Staged, fill};
 const SECTOR: u64 = 512;
 
 /// Copies what the operands say.
-pub(crate) fn run(args: &DdArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &DdArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let operands = Operands::parse(&args.operands)?;
     let format = args.output_format.as_deref().unwrap_or("raw");
     let opening = Opening {
         force_share: args.reading.force_share,
         salvage: args.reading.salvage,
-        ..Opening::reading(&args.naming, args.format.format.as_deref())
+        ..Opening::reading(&args.naming, args.format.format.as_deref()).counted(metering, "source")
     };
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
@@ -45,7 +46,7 @@ pub(crate) fn run(args: &DdArgs, console: Console) -> Result<u8, Failure> {
         Some(span) => Arc::new(Slice::new(Arc::clone(&source.opened.device), span)?),
         None => Arc::new(MemoryDevice::read_only(Vec::new())),
     };
-    let job = Job { args, operands: &operands, format, source: &source, console };
+    let job = Job { args, operands: &operands, format, source: &source, console, metering };
     job.copy(&part, &cancel)?;
     Ok(0)
 }
@@ -56,6 +57,7 @@ struct Job<'a> {
     format: &'a str,
     source: &'a Source,
     console: Console,
+    metering: &'a Metering,
 }
 
 impl Job<'_> {
@@ -82,23 +84,33 @@ impl Job<'_> {
         };
         self.source.refuse_as_target(&path).map_err(named)?;
         let staged = Staged::begin(&path, false).map_err(|error| named(error.into()))?;
-        let what = plan.what(self.console).map_err(named)?;
-        let filling = fill(&staged.path(), &what, FillOptions::default(), None)
-            .map_err(|error| named(error.into()))?;
+        let what = plan.what().map_err(named)?;
+        let meter = self.metering.meter().disk("target", &output.to_string_lossy());
+        let options = FillOptions { meter: meter.clone(), ..FillOptions::default() };
+        let filling =
+            fill(&staged.path(), &what, &options, None).map_err(|error| named(error.into()))?;
         let options = CopyOptions { target_is_zero: true, ..CopyOptions::default() };
         let progress = Progress::start(false);
         let watch = Watch { progress: &progress, cancel };
         let failed = |error: Error| {
             Failure::from(error).within(format!("error while copying {}", self.source.name))
         };
-        match (&filling, filling.device()) {
-            (Filling::Packed(target), _) => copy_packed(part, &**target, &options, &watch),
-            (_, Some(device)) => copy(part, &device, &options, &watch),
+        let copied = match (&filling, filling.device()) {
+            (Filling::Packed(target), _) => {
+                copy_packed(part, &*meter.packed(Arc::clone(target)), &options, &watch)
+            }
+            (_, Some(device)) => copy(part, &meter.device(device), &options, &watch),
             (_, None) => return Err(Failure::usage("the new image cannot be written")),
         }
         .map_err(failed)?;
+        meter.note_zeroes_skipped(copied.bytes_zero);
+        self.metering.note_copy(copied);
         filling.finish().map_err(failed)?;
+        let part = staged.path();
         staged.publish()?;
+        if let (Some(from), Some(to)) = (part.parent(), path.parent()) {
+            meter.moved(from, to);
+        }
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 //! `image map`: where an image keeps its data.
 
 use super::console::Console;
+use super::metering::Metering;
 use super::sizes::{self, SizeError};
 use super::source::{self, Opening, Output, Source};
 use crate::args::image::MapArgs;
@@ -50,7 +51,7 @@ impl Entry {
 }
 
 /// Shows where the data is.
-pub(crate) fn run(args: &MapArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &MapArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let output = source::output(args.output.output.as_deref(), "map", console)?;
     let start = size(args.start_offset.as_deref(), "start offset")?.unwrap_or(0);
     let length = size(args.max_length.as_deref(), "max length")?.unwrap_or(u64::MAX);
@@ -58,7 +59,7 @@ pub(crate) fn run(args: &MapArgs, console: Console) -> Result<u8, Failure> {
     let opening = Opening {
         force_share: args.reading.force_share,
         salvage: args.reading.salvage,
-        ..Opening::reading(&args.naming, args.format.format.as_deref())
+        ..Opening::reading(&args.naming, args.format.format.as_deref()).counted(metering, "image")
     };
     let source = opening.open(name, console)?;
     let size = source.opened.device.size().next_multiple_of(512);

@@ -6,6 +6,7 @@ mod qcow2;
 use super::console::Console;
 use super::create;
 use super::json::{Json, Object};
+use super::metering::Metering;
 use super::options::{self, Options};
 use super::source::{self, Opening, Output};
 use crate::args::image::MeasureArgs;
@@ -27,7 +28,11 @@ struct Measured {
 }
 
 /// Calculates the size of an image.
-pub(crate) fn run(args: &MeasureArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(
+    args: &MeasureArgs,
+    console: Console,
+    metering: &Metering,
+) -> Result<u8, Failure> {
     let output = source::output(args.output.output.as_deref(), "measure", console)?;
     let lists = options::joined(&args.options)?;
     let size = args.size.as_deref().map(create::parse_size).transpose()?;
@@ -57,6 +62,7 @@ pub(crate) fn run(args: &MeasureArgs, console: Console) -> Result<u8, Failure> {
                 force_share: args.reading.force_share,
                 salvage: args.reading.salvage,
                 ..Opening::reading(&args.naming, args.format.format.as_deref())
+                    .counted(metering, "image")
             };
             Some(opening.open(name, console)?)
         }

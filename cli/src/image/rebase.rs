@@ -2,6 +2,7 @@
 //! `image rebase`: another image below the same disk.
 
 use super::console::{Console, Progress};
+use super::metering::Metering;
 use super::pieces::{self, PIECE};
 use super::source::{self, Opening, Source};
 use crate::args::image::{Naming, RebaseArgs};
@@ -16,19 +17,22 @@ use tranship_formats::{Below, Compressing, Disk, Format, Layer};
 use tranship_qcow2::{Backing, Qcow2};
 
 /// Changes what an image is based on.
-pub(crate) fn run(args: &RebaseArgs, console: Console) -> Result<u8, Failure> {
+pub(crate) fn run(args: &RebaseArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let name = source::one(&args.names, "rebase", console)?;
     if args.backing.is_none() && !args.backing_unsafe {
         let text = "Must specify backing file (-b) or use unsafe mode (-u)";
         return Err(source::usage(console, "rebase", text));
     }
     let direct = source::cache(args.cache.as_deref(), "")?;
-    source::cache(args.backing_cache.as_deref(), "source ")?;
+    let below = source::cache(args.backing_cache.as_deref(), "source ")?;
     let cancel = CancelToken::default();
     signals::cancel_on_signal(cancel.clone())?;
-    let opening =
-        Opening { direct, ..Opening::writing(&args.naming, args.format.format.as_deref()) };
-    let job = Job { args, name, opening, console };
+    let opening = Opening {
+        direct,
+        direct_below: Some(below),
+        ..Opening::writing(&args.naming, args.format.format.as_deref()).counted(metering, "image")
+    };
+    let job = Job { args, name, opening, below, console, metering };
     let progress = Progress::start(args.progress && !args.quiet);
     let outcome = if args.backing_unsafe { job.rename() } else { job.safely(&progress, &cancel) };
     match outcome {
@@ -46,7 +50,10 @@ struct Job<'a> {
     name: &'a OsStr,
     /// For the image.
     opening: Opening<'a>,
+    /// What the image is based on goes past the page cache.
+    below: bool,
     console: Console,
+    metering: &'a Metering,
 }
 
 impl Job<'_> {
@@ -66,12 +73,14 @@ impl Job<'_> {
         let before = reading.open(self.name, self.console)?;
         let path = self.first(&before)?.path.clone();
         let wanted = self.wanted()?;
-        let Source { name, mut spec, opened } = before;
+        let Source { name, mut spec, opened, .. } = before;
         let mut layers = opened.layers.into_iter();
         drop((opened.device, layers.next()));
         let layers: Vec<Layer> = layers.collect();
         let old = match layers.first() {
-            Some(layer) => layer.disk.device(),
+            Some(layer) => {
+                self.metering.meter().disk("base", &layer.name).device(layer.disk.device())
+            }
             None => Arc::new(MemoryDevice::read_only(Vec::new())),
         };
 
@@ -104,12 +113,12 @@ impl Job<'_> {
         };
         let moving = Moving {
             old: &*old,
-            disk: &disk,
-            target: if self.args.compress {
+            disk: image.meter.device(Arc::<Qcow2>::clone(&disk)),
+            target: image.meter.device(if self.args.compress {
                 Arc::new(Compressing(Arc::clone(&disk)))
             } else {
                 Arc::<Qcow2>::clone(&disk)
-            },
+            }),
             shared: shared.and_then(|depth| u32::try_from(depth).ok()),
         };
         moving.run(progress, cancel)?;
@@ -155,6 +164,7 @@ impl Job<'_> {
         let naming = Naming { image_opts: false, ..self.args.naming.clone() };
         let opening = Opening {
             force_share: self.args.force_share,
+            direct: self.below,
             ..Opening::reading(&naming, backing.format.as_deref())
         };
         let mut found = opening.open(path.as_os_str(), self.console).map_err(|failure| {
@@ -184,7 +194,7 @@ struct Moving<'a> {
     old: &'a dyn BlockDevice,
     /// The image, over its new base: whatever is written next to old bytes in a cluster
     /// must not be filled up with the new base's.
-    disk: &'a Qcow2,
+    disk: Arc<dyn BlockDevice>,
     /// The same, for writing.
     target: Arc<dyn BlockDevice>,
     /// The layer of the old base, 0 being the first, that is the new one.
@@ -223,7 +233,7 @@ impl Moving<'_> {
         let size = self.disk.size();
         let cluster = u64::from(self.disk.preferred_block());
         while at < size {
-            let new = pieces::extent_at(self.disk, at)?;
+            let new = pieces::extent_at(&*self.disk, at)?;
             let len = if is_own(new.kind, new.depth) {
                 new.len
             } else {
@@ -254,7 +264,7 @@ impl Moving<'_> {
         let mut missing: Vec<Span> = Vec::new();
         let mut at = piece.start;
         while at < piece.end() {
-            let extent = pieces::extent_at(self.disk, at)?.limited_to(piece.end() - at);
+            let extent = pieces::extent_at(&*self.disk, at)?.limited_to(piece.end() - at);
             let end = at + extent.len;
             if !is_own(extent.kind, extent.depth) {
                 match missing.last_mut() {

@@ -2,6 +2,7 @@
 //! Opens the images that the command line names.
 
 use super::console::Console;
+use super::metering::Metering;
 use super::options;
 use super::secrets;
 use crate::args::image::Naming;
@@ -9,7 +10,7 @@ use crate::failure::Failure;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, ErrorKind};
+use tranship_block::{BlockDevice, DiskMeter, ErrorKind};
 use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust};
 use tranship_qcow2::{Qcow2, Snapshot};
 
@@ -32,6 +33,10 @@ pub(crate) struct Opening<'a> {
     pub(crate) salvage: bool,
     /// Go past the page cache.
     pub(crate) direct: bool,
+    /// The same for what the image is based on, if that is not to be as the image.
+    pub(crate) direct_below: Option<bool>,
+    /// What counts the disk, and what it is for.
+    pub(crate) metering: Option<(&'a Metering, &'static str)>,
 }
 
 /// An open image as its user named it.
@@ -43,6 +48,8 @@ pub(crate) struct Source {
     pub(crate) spec: Spec,
     /// The disk and its layers.
     pub(crate) opened: Opened,
+    /// What counts the disk; who works on a layer instead of the disk goes through it.
+    pub(crate) meter: DiskMeter,
 }
 
 impl Source {
@@ -106,7 +113,7 @@ impl Source {
             ..Default::default()
         };
         let disk = Qcow2::open_snapshot(Arc::clone(&layer.file), &found.id, options)?;
-        Ok(Arc::new(disk))
+        Ok(self.meter.device(Arc::new(disk)))
     }
 }
 
@@ -121,7 +128,15 @@ impl<'a> Opening<'a> {
             force_share: false,
             salvage: false,
             direct: false,
+            direct_below: None,
+            metering: None,
         }
+    }
+
+    /// The same, counted by `metering` as what the disk is for.
+    #[must_use]
+    pub(crate) fn counted(self, metering: &'a Metering, role: &'static str) -> Self {
+        Self { metering: Some((metering, role)), ..self }
     }
 
     /// To be changed.
@@ -168,6 +183,9 @@ impl<'a> Opening<'a> {
                 .map_err(|error| failed(Failure::from(error)))?,
         };
         source.opened.format = layer.format;
+        // The file is what its user works with, not the disk in it.
+        layer.file = source.meter.device(Arc::clone(&layer.file));
+        layer.storage = layer.storage.take().map(|storage| source.meter.storage(storage));
         if self.writable && given.is_none() && layer.format == Format::Raw {
             Console::warn_of_guessed_raw(&shown);
         }
@@ -194,6 +212,9 @@ impl<'a> Opening<'a> {
         console: Console,
     ) -> Result<Source, Failure> {
         let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
+        let meter = self.metering.map_or_else(DiskMeter::default, |(metering, role)| {
+            metering.meter().disk(role, &shown)
+        });
         let options = OpenOptions {
             format,
             read_only: !self.writable,
@@ -204,7 +225,9 @@ impl<'a> Opening<'a> {
             salvage: self.salvage,
             locking: if self.force_share { Locking::Shared } else { Locking::On },
             direct: self.direct,
+            direct_below: self.direct_below.unwrap_or(self.direct),
             secrets: secrets::parse(&self.naming.object)?,
+            meter: meter.clone(),
         };
         if self.writable && self.force_share {
             return Err(failed(Failure::usage(
@@ -226,7 +249,7 @@ impl<'a> Opening<'a> {
         for warning in opened.warnings.iter().filter(|text| !is_bother(text)) {
             console.warn(warning);
         }
-        Ok(Source { name: shown, spec, opened })
+        Ok(Source { name: shown, spec, opened, meter })
     }
 
     /// What `name` means.

@@ -3,6 +3,7 @@
 
 use super::console::{Console, Progress};
 use super::convert;
+use super::metering::Metering;
 use super::source::{self, Opening};
 use crate::args::image::VerifyArgs;
 use crate::failure::Failure;
@@ -20,11 +21,11 @@ const CANNOT: u8 = 2;
 const MOST_LISTED: usize = 1000;
 
 /// Compares an image with its hashes.
-pub(crate) fn run(args: &VerifyArgs, console: Console) -> Result<u8, Failure> {
-    verify(args, console).map_err(|failure| failure.exiting_with(CANNOT))
+pub(crate) fn run(args: &VerifyArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
+    verify(args, console, metering).map_err(|failure| failure.exiting_with(CANNOT))
 }
 
-fn verify(args: &VerifyArgs, console: Console) -> Result<u8, Failure> {
+fn verify(args: &VerifyArgs, console: Console, metering: &Metering) -> Result<u8, Failure> {
     let name = source::one(&args.names, "verify", console)?;
     let Some(path) = &args.hash else {
         return Err(source::usage(console, "verify", "Expecting the file of hashes (--hash)"));
@@ -34,7 +35,7 @@ fn verify(args: &VerifyArgs, console: Console) -> Result<u8, Failure> {
     let opening = Opening {
         force_share: args.reading.force_share,
         salvage: args.reading.salvage,
-        ..Opening::reading(&args.naming, args.format.format.as_deref())
+        ..Opening::reading(&args.naming, args.format.format.as_deref()).counted(metering, "image")
     };
     let opened = opening.open(name, console)?.opened;
     if args.write {

@@ -16,6 +16,7 @@ use std::fmt::{Display, Write};
 use std::path::Path;
 use std::process::Stdio;
 use tranship_appliance::{CancelToken, Guest};
+use tranship_block::Meter;
 use tranship_convert::{ErrorKind, Key};
 use tranship_inspect::Facts;
 
@@ -36,10 +37,16 @@ pub(super) struct Shell {
     personality: Personality,
     output: Output,
     depth: usize,
+    meter: Meter,
 }
 
 impl Shell {
-    pub(super) fn new(personality: Personality, options: &ShellArgs, cancel: &CancelToken) -> Self {
+    pub(super) fn new(
+        personality: Personality,
+        options: &ShellArgs,
+        cancel: &CancelToken,
+        meter: &Meter,
+    ) -> Self {
         Self {
             guest: Guest::new(places::settings(&options.machine)).with_cancel(cancel.clone()),
             roots: Vec::new(),
@@ -48,6 +55,7 @@ impl Shell {
             personality,
             output: Output::Stdout,
             depth: 0,
+            meter: meter.clone(),
         }
     }
 
@@ -72,7 +80,7 @@ impl Shell {
         read_only: bool,
     ) -> Result<(), Failure> {
         let usage = if read_only { Use::Discard } else { Use::Write };
-        let disk = disk::open(path, format, usage)?;
+        let disk = disk::open(path, format, usage, &self.meter)?;
         for warning in &disk.warnings {
             self.warn(warning);
         }

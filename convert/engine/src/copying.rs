@@ -30,8 +30,9 @@ pub(crate) fn copy_disks(
             continue;
         }
         let fresh = disk.copied == 0;
-        let device =
-            target(work, &disk.name, disk.size, request.format, request.preallocated, fresh)?;
+        let meter = request.meter.disk("target", &disk.name);
+        let (format, preallocated) = (request.format, request.preallocated);
+        let device = target(work, &disk.name, disk.size, format, preallocated, fresh, &meter)?;
         let observer = DiskObserver {
             index,
             work,
@@ -55,6 +56,7 @@ pub(crate) fn copy_disks(
             .flush()
             .map_err(|error| from_block(format!("writing {}", disk.name), error, false))?;
         drop(device);
+        meter.note_zeroes_skipped(copied.bytes_zero);
         if let Some(disk) = journal.disks.get_mut(index) {
             disk.complete = true;
         }

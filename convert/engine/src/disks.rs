@@ -5,7 +5,7 @@ use crate::work::Work;
 use crate::{Error, ErrorKind, Result, TargetFormat};
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Span, Storage, Zeroing};
+use tranship_block::{BlockDevice, DiskMeter, Meter, Span, Storage, Zeroing};
 use tranship_qcow2::{CreateOptions, OpenOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
 use tranship_source::Source;
@@ -45,12 +45,15 @@ pub(crate) fn from_source(what: String, error: tranship_source::Error) -> Error 
 }
 
 /// Opens all disks of the source for reading.
-pub(crate) fn open_source(source: &Source) -> Result<Vec<Arc<dyn BlockDevice>>> {
+pub(crate) fn open_source(source: &Source, meter: &Meter) -> Result<Vec<Arc<dyn BlockDevice>>> {
     source
         .disks
         .iter()
         .map(|disk| {
-            disk.open().map_err(|error| from_source(format!("opening disk {}", disk.name), error))
+            let device = disk.open();
+            device
+                .map(|device| meter.disk("source", &disk.name).device(device))
+                .map_err(|error| from_source(format!("opening disk {}", disk.name), error))
         })
         .collect()
 }
@@ -80,7 +83,8 @@ pub(crate) fn overlay_name(index: usize) -> String {
     format!("overlay-{index}.qcow2")
 }
 
-/// Opens the unfinished target `name`, fresh or to go on with it.
+/// Opens the unfinished target `name`, fresh or to go on with it; `meter` counts it.
+#[allow(clippy::too_many_arguments, reason = "each is a fact of its own")]
 pub(crate) fn target(
     work: &Work,
     name: &str,
@@ -88,6 +92,7 @@ pub(crate) fn target(
     format: TargetFormat,
     preallocated: bool,
     fresh: bool,
+    meter: &DiskMeter,
 ) -> Result<Arc<dyn BlockDevice>> {
     let path = work.file(&part_name(name));
     let failed = |error| from_block(format!("writing {}", path.display()), error, false);
@@ -96,8 +101,8 @@ pub(crate) fn target(
             Error::new(ErrorKind::Transient, format!("removing {}", path.display())).because(error)
         })?;
     }
-    let file = storage(&path, fresh)?;
-    match format {
+    let file = meter.file(&path).storage(storage(&path, fresh)?);
+    let device: Arc<dyn BlockDevice> = match format {
         TargetFormat::Raw => {
             if fresh {
                 file.set_len(size).map_err(failed)?;
@@ -106,7 +111,7 @@ pub(crate) fn target(
                         .map_err(failed)?;
                 }
             }
-            Ok(file)
+            file
         }
         TargetFormat::Qcow2 => {
             if fresh {
@@ -117,9 +122,10 @@ pub(crate) fn target(
                 tracing::debug!(leaks, "went on with {}", path.display());
             }
             let options = OpenOptions::default();
-            Ok(Arc::new(Qcow2::open(file, options).map_err(failed)?))
+            Arc::new(Qcow2::open(file, options).map_err(failed)?)
         }
-    }
+    };
+    Ok(meter.device(device))
 }
 
 /// Name of an unfinished target in the work directory.

@@ -261,7 +261,7 @@ fn work_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) ->
     warn_of_source(&source, reporter);
     let name = guest_name(request, &source)?;
     reporter.report(&Event::info("run.guest", format!("guest {name}")).with("guest", &name));
-    let bases = open_source(&source)?;
+    let bases = open_source(&source, &request.meter)?;
     let folder = tempfile::tempdir().map_err(|error| {
         Error::new(ErrorKind::Transient, "making a temporary folder").because(error)
     })?;
@@ -397,7 +397,7 @@ fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -
     }
     warn_of_source(&source, reporter);
 
-    let bases = open_source(&source)?;
+    let bases = open_source(&source, &request.meter)?;
     let (mut journal, overlays) = if let Some(journal) = resumable {
         report.resumed = true;
         reporter

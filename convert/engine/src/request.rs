@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 use tranship_appliance::Settings;
+use tranship_block::Meter;
 
 /// Where the guest is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,6 +146,8 @@ pub struct Request {
     pub initramfs: InitramfsMode,
     /// Whether a manifest's checksums are compared.
     pub verify_manifest: bool,
+    /// What counts the disks of source and target, and holds them to a rate.
+    pub meter: Meter,
     /// Whether results of an earlier run with other inputs are replaced.
     pub force: bool,
     /// How the appliance is started.

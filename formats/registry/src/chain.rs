@@ -12,7 +12,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tranship_block::{
-    BlockDevice, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span, Storage,
+    BlockDevice, DiskMeter, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span,
+    Storage,
 };
 use tranship_nbd::{Address, ClientOptions, Remote};
 use tranship_raw::{Access, ImageLock, RawFile};
@@ -64,12 +65,16 @@ pub struct OpenOptions {
     pub without_backing: bool,
     /// How programs that use the same files are kept away.
     pub locking: Locking,
-    /// Go past the page cache.
+    /// Go past the page cache with the first image.
     pub direct: bool,
+    /// Go past the page cache with the images below the first.
+    pub direct_below: bool,
     /// Give what is there of a damaged image, with warnings, and zeroes for the rest.
     pub salvage: bool,
     /// Passphrases of encrypted images.
     pub secrets: Secrets,
+    /// What counts the disk and its files, and holds the disk to a rate.
+    pub meter: DiskMeter,
 }
 
 /// Opens the disk at `path` with its backing chain.
@@ -112,7 +117,9 @@ pub fn open_device(
     let mut walk = Walk::new(options);
     let format = walk.first_format(&*device, name)?;
     let shown = name.display().to_string();
-    let image = Image { file: device, storage: None, name: &shown, path: name, format, spec: None };
+    let direct = options.direct;
+    let image =
+        Image { file: device, storage: None, name: &shown, path: name, format, spec: None, direct };
     let disk = walk.image(image, &Place::Elsewhere(gate))?;
     Ok(walk.opened(disk.device(), format, name))
 }
@@ -127,21 +134,15 @@ struct Image<'a> {
     format: Format,
     /// What its user said about it, if it was its user who named it.
     spec: Option<&'a Spec>,
+    /// Its files are read and written past the page cache.
+    direct: bool,
 }
 
 /// Where an image's requests go.
+#[derive(Debug)]
 enum Place<'a> {
     Folder(FolderGate),
     Elsewhere(&'a dyn Gate),
-}
-
-impl Place<'_> {
-    fn gate(&self) -> &dyn Gate {
-        match self {
-            Self::Folder(gate) => gate,
-            Self::Elsewhere(gate) => *gate,
-        }
-    }
 }
 
 struct Walk<'a> {
@@ -168,7 +169,7 @@ impl<'a> Walk<'a> {
     fn opened(mut self, device: Arc<dyn BlockDevice>, format: Format, path: &Path) -> Opened {
         self.layers.reverse();
         Opened {
-            device,
+            device: self.options.meter.device(device),
             format,
             path: path.to_owned(),
             chain: self.chain,
@@ -179,6 +180,8 @@ impl<'a> Walk<'a> {
 
     /// Opens an image that the user names.
     fn named(&mut self, spec: &Spec, read_only: bool, format: Option<Format>) -> Result<Disk> {
+        let is_first = self.chain.is_empty();
+        let direct = if is_first { self.options.direct } else { self.options.direct_below };
         let path = spec.path().unwrap_or(Path::new(&spec.name));
         // A disk of Parallels is a folder.
         let inside = path.join("DiskDescriptor.xml");
@@ -189,8 +192,7 @@ impl<'a> Walk<'a> {
                 let file = RawFile::open(path, access)?;
                 self.remember(&file)?;
                 self.lock(&file, read_only)?;
-                let file = if self.options.direct { file.into_direct()? } else { file };
-                let file = Arc::new(file);
+                let file = Arc::new(cached(file, direct)?);
                 (file.clone(), Some(file))
             }
             crate::spec::Place::Null { size } => {
@@ -204,7 +206,7 @@ impl<'a> Walk<'a> {
                 (remote.clone(), Some(remote))
             }
         };
-        let given = spec.format.or(format).or(self.options.format);
+        let given = spec.format.or(format).or(self.options.format.filter(|_| is_first));
         let wanted = match &spec.member {
             // An archive is a package of disks, unless its user says that it is a raw disk.
             None if given.is_none() && spec.slice.is_none() && is_tar(&*file)? => {
@@ -213,7 +215,7 @@ impl<'a> Walk<'a> {
             wanted => wanted.as_ref(),
         };
         if let Some(wanted) = wanted {
-            return self.member(spec, wanted, (file, path), read_only, given);
+            return self.member(spec, wanted, (file, path), (read_only, direct), given);
         }
         let format = match given {
             Some(format) => format,
@@ -225,7 +227,8 @@ impl<'a> Walk<'a> {
             None => (file, storage),
             Some(slice) => (part_of(file, slice, path)?, None),
         };
-        let image = Image { file, storage, name: &spec.name, path, format, spec: Some(spec) };
+        let name = &spec.name;
+        let image = Image { file, storage, name, path, format, spec: Some(spec), direct };
         self.image(image, &place)
     }
 
@@ -241,7 +244,8 @@ impl<'a> Walk<'a> {
     }
 
     fn first_format(&mut self, file: &dyn BlockDevice, path: &Path) -> Result<Format> {
-        if let Some(format) = self.options.format {
+        // What its user says holds for the first image only.
+        if let Some(format) = self.options.format.filter(|_| self.chain.is_empty()) {
             return Ok(format);
         }
         let format = probe(file, path)?;
@@ -274,6 +278,12 @@ impl<'a> Walk<'a> {
                 .in_file(image.path));
         }
         self.chain.push((image.path.to_owned(), image.format));
+        let meter = self.options.meter.file(image.path);
+        let image = Image {
+            file: meter.device(image.file),
+            storage: image.storage.map(|storage| meter.storage(storage)),
+            ..image
+        };
         let (file, storage) = (Arc::clone(&image.file), image.storage.clone());
         let (name, path, format) = (image.name, image.path, image.format);
         let disk = self.disk(image, place).map_err(|error| error.in_file(path))?;
@@ -347,6 +357,7 @@ impl<'a> Walk<'a> {
             return Err(no_format(name, "it has to be given, since guessing it is unsafe"));
         }
         let request = Request { name, role: wanted.role, writable: false };
+        let (direct, storage, spec) = (self.options.direct_below, None, None);
         match place {
             Place::Folder(gate) => {
                 let file = match self.options.trust {
@@ -356,17 +367,17 @@ impl<'a> Walk<'a> {
                 self.remember(&file)?;
                 self.lock(&file, true)?;
                 let path = file.path().to_owned();
-                let file: Arc<dyn BlockDevice> = Arc::new(file);
+                let file: Arc<dyn BlockDevice> = Arc::new(cached(file, direct)?);
                 let format = below_format(&*file, &path, name, format)?;
                 let place = Place::Folder(FolderGate::beside(&path, &self.options.allowed));
-                let image = Image { file, storage: None, name, path: &path, format, spec: None };
+                let image = Image { file, storage, name, path: &path, format, spec, direct };
                 self.image(image, &place)
             }
             Place::Elsewhere(gate) => {
                 let file = gate.open(request)?;
                 let path = path.with_file_name(name);
                 let format = below_format(&*file, &path, name, format)?;
-                let image = Image { file, storage: None, name, path: &path, format, spec: None };
+                let image = Image { file, storage, name, path: &path, format, spec, direct };
                 self.image(image, place)
             }
         }
@@ -397,6 +408,11 @@ struct Wanted {
     format: Option<Format>,
     /// It may be outside of the image's folder, for users who say so.
     anywhere: bool,
+}
+
+/// The file, past the page cache if that is wanted.
+pub(crate) fn cached(file: RawFile, direct: bool) -> Result<RawFile> {
+    if direct { file.into_direct() } else { Ok(file) }
 }
 
 fn connect(address: &NbdAddress, read_only: bool) -> Result<Remote> {

@@ -2,12 +2,12 @@
 //! Making new images, empty or to be filled.
 
 use crate::files::Beside;
-use crate::replacing::Replacing;
+use crate::replacing::{Replacing, WhenEmpty};
 use crate::unflushed::Unflushed;
 use crate::{FolderGate, Format, Place, Spec};
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, PackedTarget, Result, Storage};
+use tranship_block::{BlockDevice, DiskMeter, Error, PackedTarget, Result, Storage};
 use tranship_qcow2::Qcow2;
 use tranship_raw::{Access, ImageLock, Preallocation, RawFile};
 use tranship_vhdx::Vhdx;
@@ -48,19 +48,19 @@ impl Create {
     }
 }
 
-/// Makes an image in the file that `spec` names; what was in the file is lost. With
-/// `no_copy_on_write` btrfs is told to write the file in place.
+/// Makes an image in the file that `spec` names; what was in the file is lost. A regular
+/// file is shown to `when_empty` before anything is in it.
 ///
 /// # Errors
 ///
 /// [`tranship_block::ErrorKind::Usage`] for what no image can be: the file keeps what it
 /// holds then. What writing reports: what is there then cannot be opened. A file that was
 /// not there before is removed.
-pub fn create(spec: &Spec, what: &Create, no_copy_on_write: bool) -> Result<()> {
+pub fn create(spec: &Spec, what: &Create, when_empty: Option<WhenEmpty>) -> Result<()> {
     let Place::File(path) = &spec.place else {
         return Err(Error::unsupported(format!("{} is no file to make an image in", spec.name)));
     };
-    let file = Arc::new(Replacing::begin(path, no_copy_on_write)?);
+    let file = Arc::new(Replacing::begin(path, when_empty)?);
     let made = if let Create::Raw { size, preallocation } = what {
         file.grow(*size, *preallocation)
     } else {
@@ -80,13 +80,15 @@ fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<(
         Create::Qcow2(options) => tranship_qcow2::create(&**storage, options),
         Create::Vpc(options) => tranship_vpc::create(&**storage, options),
         Create::Vhdx(options) => tranship_vhdx::create(&**storage, options),
-        Create::Vmdk(options) => tranship_vmdk::create(&**storage, &beside(path), options),
+        Create::Vmdk(options) => {
+            tranship_vmdk::create(&**storage, &beside(path, &FillOptions::default()), options)
+        }
     }
 }
 
 /// How a new image is filled.
 #[allow(clippy::struct_excessive_bools, reason = "each is a choice of its own")]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct FillOptions {
     /// Compress its units.
     pub compressed: bool,
@@ -98,6 +100,8 @@ pub struct FillOptions {
     pub durable: bool,
     /// Go past the page cache.
     pub direct: bool,
+    /// What counts the files.
+    pub meter: DiskMeter,
 }
 
 /// A new image that is being filled: until [`Self::finish`] it is none.
@@ -137,6 +141,8 @@ impl Filling {
 }
 
 /// Begins the image `what` in the file `path`. What it is based on is read from `backing`.
+/// The meter counts the files: the disk goes through [`DiskMeter::device`] of whoever fills
+/// it.
 ///
 /// # Errors
 ///
@@ -145,7 +151,7 @@ impl Filling {
 pub fn fill(
     path: &Path,
     what: &Create,
-    options: FillOptions,
+    options: &FillOptions,
     backing: Option<Arc<dyn BlockDevice>>,
 ) -> Result<Filling> {
     let storage =
@@ -157,7 +163,7 @@ fn begin(
     storage: Arc<dyn Storage>,
     path: &Path,
     what: &Create,
-    options: FillOptions,
+    options: &FillOptions,
     backing: Option<Arc<dyn BlockDevice>>,
 ) -> Result<Filling> {
     let is_stream =
@@ -218,15 +224,16 @@ fn begin(
         Create::Vmdk(_) => {
             // The new disk names it by the content id that it was given for it.
             let parent = backing.map(|device| tranship_vmdk::Parent { device, cid: None });
+            let files = beside(path, options);
             let options = tranship_vmdk::OpenOptions { parent, ..Default::default() };
-            Arc::new(Vmdk::open_writable(storage, &beside(path), options)?)
+            Arc::new(Vmdk::open_writable(storage, &files, options)?)
         }
     };
     Ok(Filling::Device(device))
 }
 
 /// The file at `path` without its contents; it is made if it is not there.
-fn emptied(path: &Path, what: &Create, options: FillOptions) -> Result<Arc<dyn Storage>> {
+fn emptied(path: &Path, what: &Create, options: &FillOptions) -> Result<Arc<dyn Storage>> {
     let (size, space) = match what {
         Create::Raw { size, preallocation } => (*size, *preallocation),
         _ => (0, Preallocation::Off),
@@ -234,19 +241,22 @@ fn emptied(path: &Path, what: &Create, options: FillOptions) -> Result<Arc<dyn S
     stored(RawFile::create_or_replace(path, size, space)?, options)
 }
 
-fn existing(path: &Path, options: FillOptions) -> Result<Arc<dyn Storage>> {
+fn existing(path: &Path, options: &FillOptions) -> Result<Arc<dyn Storage>> {
     let file = RawFile::open(path, Access::ReadWrite)?;
     file.lock(ImageLock::Write)?;
     stored(file, options)
 }
 
-fn stored(file: RawFile, options: FillOptions) -> Result<Arc<dyn Storage>> {
+fn stored(file: RawFile, options: &FillOptions) -> Result<Arc<dyn Storage>> {
+    let meter = options.meter.file(file.path());
     let file = if options.direct { file.into_direct()? } else { file };
-    let file: Arc<dyn Storage> = Arc::new(file);
+    let file = meter.storage(Arc::new(file));
     Ok(if options.durable { file } else { Arc::new(Unflushed(file)) })
 }
 
 /// The files beside the one at `path`.
-fn beside(path: &Path) -> Beside {
-    Beside { gate: FolderGate::beside(path, &[]), replace: true }
+fn beside(path: &Path, options: &FillOptions) -> Beside {
+    let FillOptions { meter, direct, .. } = options;
+    let gate = FolderGate::beside(path, &[]);
+    Beside { gate, replace: true, meter: meter.clone(), direct: *direct }
 }

@@ -1,20 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The other files of a disk that is written.
 
+use crate::chain::cached;
 use crate::{FolderGate, Layer};
 use std::path::PathBuf;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, Request, Result, Storage};
+use tranship_block::{BlockDevice, DiskMeter, Error, Request, Result, Storage};
 use tranship_raw::RawFile;
 use tranship_vmdk::{ExtentFiles, ResizeOptions};
 
-/// Files beside a disk's first one.
+/// Files beside the first one of a disk that is written.
 #[derive(Debug)]
 pub(crate) struct Beside {
     /// Where they are.
     pub(crate) gate: FolderGate,
     /// A new file takes the place of one that is there.
     pub(crate) replace: bool,
+    /// What counts them.
+    pub(crate) meter: DiskMeter,
+    /// Past the page cache.
+    pub(crate) direct: bool,
+}
+
+impl Beside {
+    fn counted(&self, file: RawFile) -> Result<Arc<dyn Storage>> {
+        let meter = self.meter.file(file.path());
+        Ok(meter.storage(Arc::new(cached(file, self.direct)?)))
+    }
 }
 
 /// Gives the VMDK disk whose first file is `layer` a size of `size` bytes. Its other files
@@ -38,7 +50,7 @@ pub fn resize_vmdk(
         .filter(|storage| !storage.is_read_only())
         .ok_or_else(|| Error::usage("the disk is open for reading"))?;
     let gate = FolderGate::beside(&layer.path, allowed);
-    let files = Beside { gate, replace: false };
+    let files = Beside { gate, replace: false, meter: DiskMeter::default(), direct: false };
     tranship_vmdk::resize(&**storage, &files, size, options)
         .map_err(|error| error.in_file(&layer.path))
 }
@@ -46,7 +58,7 @@ pub fn resize_vmdk(
 impl ExtentFiles for Beside {
     fn open(&self, name: &str, writable: bool) -> Result<Arc<dyn Storage>> {
         let request = Request { name, role: "VMDK extent", writable };
-        Ok(Arc::new(self.gate.open_file(request)?))
+        self.counted(self.gate.open_file(request)?)
     }
 
     fn create(&self, name: &str, size: u64) -> Result<Arc<dyn Storage>> {
@@ -63,6 +75,6 @@ impl ExtentFiles for Beside {
                 _ => {}
             }
         }
-        Ok(Arc::new(RawFile::create(&path, size)?))
+        self.counted(RawFile::create(&path, size)?)
     }
 }

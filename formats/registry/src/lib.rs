@@ -33,7 +33,7 @@ pub use format::Format;
 pub use gate::FolderGate;
 pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
-pub use replacing::Replacing;
+pub use replacing::{Replacing, WhenEmpty};
 pub use secrets::Secrets;
 pub use spec::{Below, Member, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
 pub use staged::Staged;

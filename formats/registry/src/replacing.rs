@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A file that is to become an image, and keeps what it holds until that is certain.
 
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+use std::fmt;
+use std::fs::File;
 use std::io::{IoSlice, IoSliceMut};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,30 +12,41 @@ use tranship_block::{
 };
 use tranship_raw::{Access, ImageLock, Preallocation, RawFile};
 
+/// What is done with the file once it is empty: some file systems take what they are to
+/// know about a file only then.
+pub type WhenEmpty = Box<dyn FnOnce(&File) + Send>;
+
+#[derive(Default)]
+struct Once(Option<WhenEmpty>);
+
+impl fmt::Debug for Once {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "to be done" } else { "done" })
+    }
+}
+
 /// A file whose contents go with the first change, and read as nothing before: every
 /// format looks at all of its options before it writes, so that those that no image can
 /// have cost nobody their old one.
 #[derive(Debug)]
 pub struct Replacing {
     file: RawFile,
-    no_copy_on_write: bool,
+    when_empty: Mutex<Once>,
     /// The file was not there before.
     is_new: bool,
     /// It still holds what it held.
     is_pending: AtomicBool,
-    turn: Mutex<()>,
 }
 
 impl Replacing {
-    /// Opens or makes the file `path` and takes the locks of a writer. With
-    /// `no_copy_on_write` btrfs is told, once the file is empty, to write it in place; other
-    /// file systems take no notice.
+    /// Opens or makes the file `path` and takes the locks of a writer. A regular file is
+    /// shown to `when_empty` before the first change.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Busy`] if another process uses the file, and what the operating system
     /// reports.
-    pub fn begin(path: &Path, no_copy_on_write: bool) -> Result<Self> {
+    pub fn begin(path: &Path, when_empty: Option<WhenEmpty>) -> Result<Self> {
         let (file, is_new) = match RawFile::open(path, Access::ReadWrite) {
             Ok(file) => {
                 file.lock(ImageLock::Write)?;
@@ -46,7 +58,8 @@ impl Replacing {
             Err(error) => return Err(error),
         };
         let is_pending = AtomicBool::new(!file.is_block_device());
-        Ok(Self { file, no_copy_on_write, is_new, is_pending, turn: Mutex::default() })
+        let when_empty = Mutex::new(Once(when_empty));
+        Ok(Self { file, when_empty, is_new, is_pending })
     }
 
     /// Makes the file one of `size` zero bytes; a block device keeps what it has.
@@ -73,16 +86,14 @@ impl Replacing {
         if !self.is_pending() {
             return Ok(());
         }
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // Held until it is done: nobody may write before.
+        let mut when_empty = self.when_empty.lock().unwrap_or_else(PoisonError::into_inner);
         if self.is_pending() {
             if self.file.size() > 0 {
                 self.file.set_len(0)?;
             }
-            if self.no_copy_on_write {
-                // No file system but btrfs knows the flag.
-                let file = self.file.file();
-                let _ = ioctl_getflags(file)
-                    .and_then(|flags| ioctl_setflags(file, flags | IFlags::NOCOW));
+            if let Some(act) = when_empty.0.take() {
+                act(self.file.file());
             }
             self.is_pending.store(false, Ordering::Release);
         }
@@ -161,21 +172,28 @@ impl Storage for Replacing {
 mod tests {
     use super::*;
     use std::fs;
+    use std::sync::Arc;
 
     #[test]
     fn contents_go_with_the_first_change() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("old");
         fs::write(&path, "contents").unwrap();
-        let file = Replacing::begin(&path, true).unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let lengths = Arc::clone(&seen);
+        let act: WhenEmpty =
+            Box::new(move |file| lengths.lock().unwrap().push(file.metadata().unwrap().len()));
+        let file = Replacing::begin(&path, Some(act)).unwrap();
         file.set_len(0).unwrap();
         file.flush().unwrap();
+        assert!(seen.lock().unwrap().is_empty());
         assert_eq!(file.size(), 0);
         assert!(file.file_range(0).is_none());
         file.give_up();
         assert_eq!(fs::read(&path).unwrap(), b"contents");
         file.set_len(3).unwrap();
         assert_eq!(fs::read(&path).unwrap(), [0; 3]);
+        assert_eq!(*seen.lock().unwrap(), [0], "once, and when it was empty");
         file.write_at(b"ab", 1).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"\0ab");
         file.set_len(0).unwrap();
@@ -186,8 +204,8 @@ mod tests {
     fn a_file_that_was_not_there_is_not_left() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new");
-        let file = Replacing::begin(&path, false).unwrap();
-        let error = Replacing::begin(&path, false).unwrap_err();
+        let file = Replacing::begin(&path, None).unwrap();
+        let error = Replacing::begin(&path, None).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy);
         file.give_up();
         assert!(!path.exists());

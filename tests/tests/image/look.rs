@@ -203,6 +203,7 @@ pub(crate) const CASES: &[Case] = &[
     same("check c.hds"),
     same("check --output json c.hds"),
     same("check c.vdi"),
+    same("check -r all c.vdi"),
     same("check c.qed"),
     same("check --output json c.vdi"),
     same("check --output json c.qed"),

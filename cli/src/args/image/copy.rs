@@ -1,24 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The options of the commands that move what is in images.
 
-use super::{FormatArgs, Naming, Reading};
+use super::{FormatArgs, MeteringArgs, Naming, Reading};
 use clap::Args;
 use std::ffi::OsString;
 use std::path::PathBuf;
-
-/// How fast is enough.
-#[derive(Clone, Debug, Default, Args)]
-pub(crate) struct Limit {
-    /// Copy at most this many bytes a second, such as 50M
-    #[arg(
-        short = 'r',
-        long,
-        visible_alias = "rate",
-        value_name = "RATE",
-        allow_hyphen_values = true
-    )]
-    pub(crate) limit_rate: Option<String>,
-}
 
 /// Options of `convert`.
 // Every flag is a switch of its own on the command line.
@@ -140,14 +126,9 @@ pub(crate) struct ConvertArgs {
     /// Let the system copy between files where it can
     #[arg(short = 'C', long, help_heading = "Work")]
     pub(crate) copy_range_offloading: bool,
-    #[command(flatten)]
-    pub(crate) limit: Limit,
     /// Write hashes of the disk's pieces to this file, for `verify`
     #[arg(long, value_name = "FILE", help_heading = "Work")]
     pub(crate) hash: Option<PathBuf>,
-    /// Write what was asked of the disks, how often and how fast, to this file, as JSON
-    #[arg(long, value_name = "FILE", help_heading = "Work")]
-    pub(crate) statistics: Option<PathBuf>,
     /// Go on with a copy that was interrupted
     #[arg(long, help_heading = "Work")]
     pub(crate) resume: bool,
@@ -163,6 +144,8 @@ pub(crate) struct ConvertArgs {
     /// Let the sources open what lies below this folder. Can be repeated
     #[arg(long, value_name = "DIR")]
     pub(crate) allow_path: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The sources, one behind the other, and the target
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -204,6 +187,8 @@ pub(crate) struct RebaseArgs {
     /// Print how far it is
     #[arg(short, long)]
     pub(crate) progress: bool,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -225,14 +210,14 @@ pub(crate) struct CommitArgs {
     /// Leave the image as it is instead of emptying it
     #[arg(short, long)]
     pub(crate) drop: bool,
-    #[command(flatten)]
-    pub(crate) limit: Limit,
     /// Print errors only
     #[arg(short, long)]
     pub(crate) quiet: bool,
     /// Print how far it is
     #[arg(short, long)]
     pub(crate) progress: bool,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -250,6 +235,8 @@ pub(crate) struct DdArgs {
     /// Format of the target [default: raw]
     #[arg(short = 'O', long, value_name = "FMT", allow_hyphen_values = true)]
     pub(crate) output_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// if=SOURCE, of=TARGET, bs=BYTES [default: 512], count=BLOCKS, skip=BLOCKS
     #[arg(value_name = "OPERAND")]
     pub(crate) operands: Vec<OsString>,
@@ -306,6 +293,8 @@ pub(crate) struct BenchArgs {
     /// Print errors only
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -327,6 +316,8 @@ pub(crate) struct CompactArgs {
     /// Print how far it is
     #[arg(short, long)]
     pub(crate) progress: bool,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -353,6 +344,8 @@ pub(crate) struct VerifyArgs {
     /// Print how far it is
     #[arg(short, long)]
     pub(crate) progress: bool,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,

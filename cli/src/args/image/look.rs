@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The options of the commands that only look at images.
 
-use super::{FormatArgs, Naming, OutputArgs, Reading};
+use super::{FormatArgs, MeteringArgs, Naming, OutputArgs, Reading};
 use clap::Args;
 use std::ffi::OsString;
 
@@ -45,6 +45,8 @@ pub(crate) struct CheckArgs {
     /// How the image is cached: none, writeback, unsafe, directsync or writethrough
     #[arg(short = 'T', long, value_name = "MODE", allow_hyphen_values = true)]
     pub(crate) cache: Option<String>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -75,6 +77,8 @@ pub(crate) struct CompareArgs {
     /// How the images are cached: none, writeback, unsafe, directsync or writethrough
     #[arg(short = 'T', long, value_name = "MODE", allow_hyphen_values = true)]
     pub(crate) cache: Option<String>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The two images
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -97,6 +101,8 @@ pub(crate) struct MapArgs {
     /// Stop after this many bytes
     #[arg(short = 'l', long, value_name = "LENGTH", allow_hyphen_values = true)]
     pub(crate) max_length: Option<String>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,
@@ -125,6 +131,8 @@ pub(crate) struct MeasureArgs {
     /// Measure for an empty disk of this size instead of for an image
     #[arg(short, long, value_name = "SIZE", allow_hyphen_values = true)]
     pub(crate) size: Option<String>,
+    #[command(flatten)]
+    pub(crate) metering: MeteringArgs,
     /// The image
     #[arg(value_name = "FILENAME")]
     pub(crate) names: Vec<OsString>,

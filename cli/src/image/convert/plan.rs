@@ -3,10 +3,9 @@
 
 use crate::args::image::ConvertArgs;
 use crate::failure::Failure;
-use crate::image::sizes::{self, SizeError};
+use crate::image::sizes;
 use crate::image::{options, source};
-use std::num::NonZeroU64;
-use tranship_block::{CopyOptions, Rate};
+use tranship_block::CopyOptions;
 
 /// Longest run of zeroes that may be asked for with `-S`.
 const MOST_SPARSE: u64 = 16 << 20;
@@ -22,8 +21,6 @@ pub(super) struct Plan {
     pub(super) wants_help: bool,
     /// The copy engine's part.
     pub(super) copying: CopyOptions,
-    /// How fast is enough.
-    pub(super) rate: Option<Rate>,
     /// The copy ends only when the disk has it.
     pub(super) durable: bool,
     /// The target goes past the page cache.
@@ -51,31 +48,13 @@ impl Plan {
         if let Some(threads) = threads {
             copying.threads = threads;
         }
-        let rate = args.limit.limit_rate.as_deref().map(rate).transpose()?.flatten();
         Ok(Self {
             list,
             wants_help,
             copying,
-            rate,
             durable: cache != "unsafe",
             direct: matches!(cache, "none" | "off" | "directsync"),
         })
-    }
-}
-
-/// Bytes per second; 0 is no limit.
-pub(crate) fn rate(text: &str) -> Result<Option<Rate>, Failure> {
-    match sizes::parse(text) {
-        Ok(rate) => {
-            Ok(NonZeroU64::new(rate).map(|bytes| Rate { bytes: Some(bytes), operations: None }))
-        }
-        Err(SizeError::Invalid) => {
-            Err(Failure::usage(format!("Invalid rate limit specified: '{text}'.")))
-        }
-        Err(SizeError::OutOfRange) => Err(Failure::usage(format!(
-            "Invalid rate limit specified. Must be between 0 and {}.",
-            i64::MAX
-        ))),
     }
 }
 

@@ -3,7 +3,6 @@
 
 use super::others;
 use crate::failure::Failure;
-use crate::image::console::Console;
 use crate::image::options::Options;
 use crate::image::source;
 use std::path::Path;
@@ -13,16 +12,8 @@ use tranship_formats::{Create, Format, RawPreallocation, Replacing, Spec};
 use tranship_qcow2::{Backing, Compression, DataFile, Preallocation};
 
 /// The image that these options describe.
-pub(super) fn build(
-    format: Format,
-    options: &Options,
-    spec: &Spec,
-    console: Console,
-) -> Result<Create, Failure> {
+pub(super) fn build(format: Format, options: &Options, spec: &Spec) -> Result<Create, Failure> {
     let size = options.number("size").unwrap_or(0);
-    if options.number("extent_size_hint").is_some_and(|hint| hint != 0) {
-        console.warn("extent_size_hint is left to the filesystem");
-    }
     match format {
         Format::Raw => Ok(Create::Raw { size, preallocation: reserved(options)? }),
         Format::Qcow2 => {
@@ -193,5 +184,5 @@ pub(crate) fn qcow2_preallocation(options: &Options) -> Result<Preallocation, Fa
 
 /// The file that the new image keeps its data in; it gets its size with the image.
 fn data_file(image: &Path, name: &str) -> Result<Arc<dyn Storage>, Failure> {
-    Ok(Arc::new(Replacing::begin(&source::beside(image, name), false)?))
+    Ok(Arc::new(Replacing::begin(&source::beside(image, name), None)?))
 }

@@ -6,8 +6,11 @@ use crate::Format;
 use crate::files::Beside;
 use crate::layer::Disk;
 use crate::spec::{Below, VpcSize};
+use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, Error, ErrorKind, Request, Result, SectorCipher, Storage};
+use tranship_block::{
+    BlockDevice, DiskMeter, Error, ErrorKind, Gate, Request, Result, SectorCipher, Storage,
+};
 use tranship_cloop::Cloop;
 use tranship_dmg::Dmg;
 use tranship_qcow2::{Encryption, Qcow2};
@@ -16,6 +19,31 @@ use tranship_vdi::Vdi;
 use tranship_vhdx::Vhdx;
 use tranship_vmdk::{NO_PARENT, Vmdk};
 use tranship_vpc::{ParentRequest, SizeSource, Vpc};
+
+/// What gives an image its other files, which are counted and cached as the image is.
+#[derive(Debug)]
+struct Counted<'a> {
+    place: &'a Place<'a>,
+    /// The image that asks for them.
+    image: &'a Path,
+    direct: bool,
+    meter: &'a DiskMeter,
+}
+
+impl Gate for Counted<'_> {
+    fn open(&self, request: Request<'_>) -> Result<Arc<dyn BlockDevice>> {
+        let (path, file): (_, Arc<dyn BlockDevice>) = match self.place {
+            Place::Folder(gate) => {
+                let file = super::cached(gate.open_file(request)?, self.direct)?;
+                (file.path().to_owned(), Arc::new(file))
+            }
+            Place::Elsewhere(gate) => {
+                (self.image.with_file_name(request.name), gate.open(request)?)
+            }
+        };
+        Ok(self.meter.file(&path).device(file))
+    }
+}
 
 impl Walk<'_> {
     pub(super) fn disk(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
@@ -95,7 +123,9 @@ impl Walk<'_> {
         }
         let request =
             Request { name, role: "external data file", writable: image.storage.is_some() };
-        Ok(Some(Arc::new(gate.open_file(request)?)))
+        let file = super::cached(gate.open_file(request)?, image.direct)?;
+        let meter = self.options.meter.file(file.path());
+        Ok(Some(meter.storage(Arc::new(file))))
     }
 
     /// The cipher of an encrypted image, if there is a passphrase for it.
@@ -151,16 +181,22 @@ impl Walk<'_> {
             salvage: self.options.salvage,
             ..tranship_vmdk::OpenOptions::default()
         };
+        let direct = image.direct;
         let disk = match (image.storage, place) {
-            (Some(storage), Place::Folder(gate)) => Vmdk::open_writable(
-                storage,
-                &Beside { gate: gate.clone(), replace: false },
-                options,
-            )?,
-            _ => Vmdk::open(image.file, place.gate(), options)?,
+            (Some(storage), Place::Folder(gate)) => {
+                let (gate, meter) = (gate.clone(), self.options.meter.clone());
+                let files = Beside { gate, replace: false, meter, direct };
+                Vmdk::open_writable(storage, &files, options)?
+            }
+            _ => Vmdk::open(image.file, &self.counted(image.path, direct, place), options)?,
         };
         self.warn(image.name, disk.warnings());
         Ok(Disk::Vmdk(Arc::new(disk)))
+    }
+
+    /// The gate for the other files of the image at `path`.
+    fn counted<'g>(&'g self, path: &'g Path, direct: bool, place: &'g Place<'_>) -> Counted<'g> {
+        Counted { place, image: path, direct, meter: &self.options.meter }
     }
 
     fn vpc(&mut self, image: Image<'_>, place: &Place<'_>) -> Result<Disk> {
@@ -250,7 +286,8 @@ impl Walk<'_> {
                 salvage: self.options.salvage,
                 ..Default::default()
             };
-            let disk = tranship_parallels::Bundle::open(&text, place.gate(), &options)?;
+            let gate = self.counted(image.path, image.direct, place);
+            let disk = tranship_parallels::Bundle::open(&text, &gate, &options)?;
             self.warn(image.name, disk.warnings());
             return Ok(Disk::Other(Arc::new(disk)));
         }

@@ -40,7 +40,7 @@ impl Walk<'_> {
         spec: &Spec,
         wanted: &Member,
         (file, path): (Arc<dyn BlockDevice>, &Path),
-        read_only: bool,
+        (read_only, direct): (bool, bool),
         format: Option<Format>,
     ) -> Result<Disk> {
         if !read_only {
@@ -71,6 +71,7 @@ impl Walk<'_> {
             path: &inside,
             format,
             spec: Some(spec),
+            direct,
         };
         self.image(image, &Place::Elsewhere(&gate))
     }
