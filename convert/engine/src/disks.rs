@@ -101,7 +101,8 @@ pub(crate) fn target(
             Error::new(ErrorKind::Transient, format!("removing {}", path.display())).because(error)
         })?;
     }
-    let file = meter.file(&path).storage(storage(&path, fresh)?);
+    // It is told by the name that it gets in the end.
+    let file = meter.file(Path::new(name)).storage(storage(&path, fresh)?);
     let device: Arc<dyn BlockDevice> = match format {
         TargetFormat::Raw => {
             if fresh {
