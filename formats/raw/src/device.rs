@@ -270,15 +270,19 @@ impl BlockDevice for RawFile {
             return Ok(());
         }
         let reserve = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        let (first, second) = match mode {
-            Zeroing::MayUnmap => (punch(), reserve),
-            Zeroing::KeepAllocated => (reserve, punch()),
-        };
         self.change(|| {
-            if self.allocate(first, span)? || self.allocate(second, span)? {
-                return Ok(());
-            }
-            self.write_zero_bytes(span)
+            let done = match mode {
+                Zeroing::MayUnmap => {
+                    self.allocate(punch(), span)? || self.allocate(reserve, span)?
+                }
+                // tmpfs has no ZERO_RANGE: there the space is given back and taken again.
+                Zeroing::KeepAllocated => {
+                    self.allocate(reserve, span)?
+                        || self.allocate(punch(), span)?
+                            && self.allocate(FallocateFlags::KEEP_SIZE, span)?
+                }
+            };
+            if done { Ok(()) } else { self.write_zero_bytes(span) }
         })
     }
 

@@ -198,3 +198,26 @@ fn reads_past_the_end_and_of_a_file_cut_short_are_errors() {
     let error = file.read_at(&mut [0; 8192], 0).unwrap_err();
     assert_eq!((error.kind(), error.offset()), (ErrorKind::Io, Some(100)));
 }
+
+/// Zeroes that have to keep their space have it on every file system, tmpfs included, which
+/// can only give space back and take it again.
+#[test]
+fn zeroes_keep_their_space_if_they_have_to() {
+    use std::os::unix::fs::MetadataExt;
+    let folders = [std::env::temp_dir(), "/dev/shm".into()];
+    for folder in folders.into_iter().filter(|folder| folder.is_dir()) {
+        let file = tempfile::Builder::new().tempfile_in(&folder).unwrap();
+        let space = || file.as_file().metadata().unwrap().blocks() * 512;
+        let raw = RawFile::open(file.path(), Access::ReadWrite).unwrap();
+        raw.set_len(SIZE).unwrap();
+        raw.write_at(&vec![7; 100_000], 50_000).unwrap();
+        let span = Span::new(40_000, 200_000);
+        raw.write_zeroes(span, Zeroing::KeepAllocated).unwrap();
+        assert!(space() >= span.len, "{} in {}", space(), folder.display());
+        let mut bytes = vec![1; 200_000];
+        raw.read_at(&mut bytes, span.start).unwrap();
+        assert!(is_zero(&bytes));
+        raw.write_zeroes(span, Zeroing::MayUnmap).unwrap();
+        assert!(space() < 20_000, "{} in {}", space(), folder.display());
+    }
+}
