@@ -44,7 +44,8 @@ bench-image: build ## Measure `tranship image` against qemu-img alone; takes 20 
 	@tests/bench/image/run.sh
 
 .PHONY: fuzz
-fuzz: setup ## Random input for the parsers, FUZZ_SECONDS long (default 300)
+fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)
+	@tests/setup.sh fuzz
 	@tests/fuzz.sh
 
 .PHONY: nested

@@ -3,9 +3,9 @@
 #
 # Makes a fresh Debian or Ubuntu machine able to build and test. What is there already is
 # left alone, so a second run is quick and needs no network. Touches the system only
-# through apt, with sudo unless run as root.
+# through apt, with sudo unless run as root; `fuzz` installs cargo-fuzz for the user.
 #
-# Usage: setup.sh [build|test|check|bench]...   (default: test)
+# Usage: setup.sh [build|test|check|bench|fuzz]...   (default: test)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,6 +22,7 @@ readonly TEST=(
     libnbd-bin:nbdinfo nbdkit:nbdkit
     python3-libvhdi:/usr/share/doc/python3-libvhdi/copyright
 )
+readonly FUZZ=(g++:g++)
 readonly CHECK=(shellcheck:shellcheck)
 readonly BENCH=(
     python3:python3 libguestfs-tools:guestfish virt-v2v:virt-v2v kmod:depmod procps:ps
@@ -135,6 +136,12 @@ rust() {
     return 1
 }
 
+cargo_fuzz() {
+    cargo fuzz --version >/dev/null 2>&1 && return
+    say "installing cargo-fuzz into cargo's home"
+    cargo install cargo-fuzz --locked
+}
+
 main() {
     local -a packages=()
     local group
@@ -144,6 +151,7 @@ main() {
         test) packages+=("${BUILD[@]}" "${TEST[@]}") ;;
         check) packages+=("${BUILD[@]}" "${CHECK[@]}") ;;
         bench) packages+=("${BUILD[@]}" "${TEST[@]}" "${BENCH[@]}") ;;
+        fuzz) packages+=("${BUILD[@]}" "${FUZZ[@]}") ;;
         *)
             say "unknown group $group"
             return 2
@@ -164,6 +172,9 @@ main() {
         as_root mkdir /lib/modules
     fi
     rust
+    if [[ " $* " == *' fuzz '* ]]; then
+        cargo_fuzz
+    fi
 }
 
 main "$@"
