@@ -48,10 +48,12 @@ pub fn check(storage: &dyn Storage, repair: Repair) -> Result<CheckReport> {
             // Whatever else is mended, the log would overwrite it later.
             replay::apply(storage, &replay)?;
             write_headers(storage, &mut start.headers)?;
+            fixed(&mut report, damaged.len());
             overlay = Overlay::new(storage, 0);
         }
     }
-    if !damaged.is_empty() && repair == Repair::All {
+    // An emptied log has mended both copies already.
+    if !start.headers.damage.is_empty() && repair == Repair::All {
         write_headers(storage, &mut start.headers)?;
         fixed(&mut report, damaged.len());
     }

@@ -14,8 +14,8 @@ const MOST_PAGES: usize = 4096;
 /// Length that a file may have.
 const LONGEST: u64 = 1 << 42;
 
-/// A sparse file. Reading outside of it and writing to it while it is read-only are not
-/// errors, but panics: a format has to know what it may do.
+/// A sparse file. Writing outside of it, and at all while it is read-only, is not an error
+/// but a panic: a format has to know what it may do.
 #[derive(Debug)]
 pub struct Image {
     inner: Arc<Mutex<Inner>>,
@@ -153,7 +153,7 @@ impl BlockDevice for Image {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let inner = self.inner();
         let (span, len) = (Span::new(offset, buf.len() as u64), inner.len);
-        assert!(span.check_within(len).is_ok(), "read of {span:?} in a file of {len} bytes");
+        span.check_within(len)?;
         inner.read(buf, offset);
         Ok(())
     }

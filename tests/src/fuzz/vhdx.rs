@@ -82,7 +82,7 @@ pub(crate) fn run(input: &[u8]) {
         let copy = Arc::new(file.copy());
         let Ok(disk) = Vhdx::open(copy.clone(), parts.options(&copy, Mode::Write)) else { return };
         let old = disk.size();
-        let size = (u64::from(case.ops[0].place) << (case.ops[0].len % 30)) / 4096 * 4096;
+        let size = (u64::from(case.ops[0].place) << (case.ops[0].len % 22)) / 4096 * 4096;
         let shrink = if case.variant & 1 == 0 { Shrink::KeepData } else { Shrink::LoseData };
         let result = disk.resize(size, shrink);
         if result.is_ok() {

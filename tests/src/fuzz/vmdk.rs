@@ -6,7 +6,7 @@ use super::vhdx::{BELOW, grown_is_zero};
 use super::{Case, Image, disk};
 use std::sync::{Arc, Mutex};
 use tranship_block::{
-    BlockDevice, CheckReport, Error, ErrorKind, Gate, Repair, Request, Result, Storage,
+    BlockDevice, CheckReport, Error, ErrorKind, Gate, Repair, Request, Result, Span, Storage,
 };
 use tranship_vmdk::{ExtentFiles, OpenOptions, Parent, Vmdk, check, read_descriptor, resize};
 
@@ -84,9 +84,9 @@ impl Subject for Parts {
 
     fn payload(&self, file: &Arc<Image>) -> Option<Arc<Image>> {
         // Offsets are those of the extent's file.
-        let is_described =
-            file.get(tranship_block::Span::new(0, 4)).is_none_or(|magic| magic != *b"KDMV");
-        Some(if is_described { self.other.clone() } else { file.clone() })
+        let head = file.get(Span::new(0, 4)).unwrap_or_default();
+        let is_extent = [b"KDMV", b"COWD", b"\xbe\xba\xfe\xca"].iter().any(|magic| head == **magic);
+        Some(if is_extent { file.clone() } else { self.other.clone() })
     }
 
     fn fork(&self) -> Box<dyn Subject> {
@@ -110,7 +110,7 @@ pub(crate) fn run(input: &[u8]) {
         let parts = Parts { has_parent: parts.has_parent, other: Arc::new(parts.other.copy()) };
         let copy = Arc::new(file.copy());
         let old = parts.open(&copy, Mode::Read).map(|disk| disk.size());
-        let size = u64::from(case.ops[0].place) << (case.ops[0].len % 34);
+        let size = u64::from(case.ops[0].place) << (case.ops[0].len % 15);
         let result = resize(&*copy, &parts.folder(), size);
         if is_sound {
             has_no_corruption(&result, &parts.check(&copy.view(true), Repair::Nothing));

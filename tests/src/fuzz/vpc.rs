@@ -65,7 +65,7 @@ pub(crate) fn run(input: &[u8]) {
         let copy = Arc::new(file.copy());
         let Ok(disk) = Vpc::open(copy.clone(), parts.options(&copy, Mode::Write)) else { return };
         let old = disk.size();
-        let size = (u64::from(case.ops[0].place) << (case.ops[0].len % 26)) / 512 * 512;
+        let size = (u64::from(case.ops[0].place) << (case.ops[0].len % 12)) / 512 * 512;
         let result = disk.resize(size);
         if result.is_ok() {
             assert_eq!(disk.size(), size);
