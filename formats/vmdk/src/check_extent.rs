@@ -10,11 +10,14 @@ use crate::layout::{Entries, Layout, Place};
 use crate::table::{Table, read_table};
 use crate::writer::metadata;
 use tranship_block::{
-    BlockDevice, CheckReport, Error, Extents, LittleEndian, Repair, Result, Span, Storage,
+    BlockDevice, CheckReport, Error, Extents, LittleEndian, Repair, Result, Span, Storage, is_zero,
 };
 
 /// Grains whose places are compared with each other: 1 GiB of memory.
 const MOST_PLACES: usize = 256 << 20;
+
+/// Bytes of a block of a file system, at most.
+const LARGEST_BLOCK: u64 = 64 << 10;
 
 /// The check of one extent.
 pub(crate) struct Checker<'a> {
@@ -353,9 +356,7 @@ impl<'a> Checker<'a> {
             end = end.max(area.end());
         }
         for gap in gaps {
-            // A hole takes no space; that is where discarded grains were.
-            let mut runs = Extents::new(&self.storage, gap);
-            if runs.any(|run| run.is_ok_and(|(_, kind)| !kind.reads_zero())) {
+            if takes_space(self.storage, gap)? {
                 self.leak(gap, |storage| storage.discard(gap))?;
             }
         }
@@ -379,6 +380,27 @@ impl<'a> Checker<'a> {
         self.report.note(|| text);
         Ok(())
     }
+}
+
+/// Whether something is stored in `gap`. A hole takes no space: that is where discarded
+/// grains were. At its edges are blocks of the file system that it has to itself in part
+/// only; after a discard these hold zeroes.
+fn takes_space(file: &dyn BlockDevice, gap: Span) -> Result<bool> {
+    let mut bytes = Vec::new();
+    for (span, kind) in Extents::new(file, gap).filter_map(Result::ok) {
+        if kind.reads_zero() {
+            continue;
+        }
+        if span.len > LARGEST_BLOCK {
+            return Ok(true);
+        }
+        bytes.resize(usize::try_from(span.len).unwrap_or(0), 0);
+        file.read_at(&mut bytes, span.start)?;
+        if !is_zero(&bytes) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Checks the marker of compressed grain `grain` at byte `at`; returns its length with

@@ -40,7 +40,7 @@ impl Descriptor {
     /// read, [`tranship_block::ErrorKind::Unsupported`] for names in an unknown encoding
     /// and for unknown extent types.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        let text = up_to_nul(bytes);
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         let lines = || text.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).enumerate();
         let encoding = lines()
@@ -92,6 +92,12 @@ impl Descriptor {
     }
 }
 
+/// What a reader takes for the descriptor: behind a NUL byte lies padding, or what is left
+/// of a longer one.
+fn up_to_nul(bytes: &[u8]) -> &[u8] {
+    bytes.split(|byte| *byte == 0).next().unwrap_or_default()
+}
+
 /// Splits `key = "value"`; the key comes back in lower case.
 fn key_value(line: &str) -> Option<(String, &str)> {
     let (key, value) = line.split_once('=')?;
@@ -103,6 +109,7 @@ fn key_value(line: &str) -> Option<(String, &str)> {
 
 /// The descriptor `text` with another content id; none if it has none to begin with.
 pub(crate) fn with_cid(text: &[u8], cid: u32) -> Option<Vec<u8>> {
+    let text = up_to_nul(text);
     let mut start = 0_usize;
     for line in text.split_inclusive(|byte| *byte == b'\n') {
         let end = start.checked_add(line.len())?;
@@ -127,7 +134,7 @@ pub(crate) fn with_extents(text: &[u8], lines: &[String]) -> Vec<u8> {
     };
     let mut new: Vec<u8> = Vec::new();
     let mut lines = Some(lines);
-    let mut left = text;
+    let mut left = up_to_nul(text);
     while !left.is_empty() {
         let end = left.iter().position(|byte| *byte == b'\n').map(|at| at.saturating_add(1));
         let (line, rest) = left.split_at_checked(end.unwrap_or(left.len())).unwrap_or((left, b""));
@@ -199,7 +206,11 @@ mod tests {
     fn the_content_id_is_replaced_where_it_is() {
         let text = b"version=1\r\nparentCID=1\r\nCID=12345678\r\nx=\xff\n\0\0";
         let new = with_cid(text, 0xabc).unwrap();
-        assert_eq!(new, b"version=1\r\nparentCID=1\r\nCID=00000abc\r\nx=\xff\n\0\0");
+        assert_eq!(new, b"version=1\r\nparentCID=1\r\nCID=00000abc\r\nx=\xff\n");
+        // What an older, longer descriptor has left behind the end does not come back.
+        let stale = b"version=1\nCID=1\0\nparentCID=7\nRW 9 ZERO\n";
+        assert_eq!(with_cid(stale, 0xabc).unwrap(), b"version=1\nCID=00000abc");
+        assert_eq!(with_extents(stale, &[]), b"version=1\nCID=1");
         assert_eq!(with_cid(b"parentCID=1\n", 1), None);
     }
 

@@ -460,3 +460,16 @@ proptest! {
         let _ = tranship_vmdk::resize(&*file, &files, 1 << 22, ResizeOptions::default());
     }
 }
+
+#[test]
+fn a_gap_that_shares_a_block_with_its_neighbour_is_given_back_once() {
+    let mut image = sparse();
+    image.extend(pattern(2 * GRAIN + 512, 5));
+    // The table that this loses is written anew behind the gap, in the same 4 KiB.
+    image[DIRECTORY * 512..DIRECTORY * 512 + 4].fill(0);
+    let storage = MemoryDevice::new(image);
+    let report = check(&storage, &NoFiles, Repair::All).unwrap();
+    assert_eq!((report.leaks, report.leaks_fixed), (0, 2), "{report:?}");
+    let again = check(&storage, &NoFiles, Repair::Nothing).unwrap();
+    assert!(again.is_clean(), "{again:?}");
+}
