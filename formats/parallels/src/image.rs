@@ -149,6 +149,14 @@ impl BlockDevice for Image {
         Span::new(offset, 1).check_within(self.size())?;
         let (place, len) = self.run(offset, self.size().saturating_sub(offset))?;
         match (place, &self.parent) {
+            (Place::Stored(at), _) if self.salvage => {
+                let there = self.file.size().saturating_sub(at);
+                // What lies behind the file's end reads as zero.
+                Ok(match there {
+                    0 => Extent::new(ExtentKind::Zero, len),
+                    _ => Extent::new(ExtentKind::Data, len.min(there)).mapped_to(at),
+                })
+            }
             (Place::Stored(at), _) => Ok(Extent::new(ExtentKind::Data, len).mapped_to(at)),
             (Place::Absent, Some(parent)) if offset < parent.size() => {
                 let mut extent = parent.extent_at(offset)?.limited_to(len);

@@ -84,6 +84,9 @@ fn a_truncated_file_is_refused_unless_it_is_to_be_salvaged() {
     let image = open(file, OpenOptions { salvage: true, parent: None }).unwrap();
     disk[CLUSTER + 10..2 * CLUSTER].fill(0);
     assert_eq!(contents(&image), disk);
+    let extents = [0, CLUSTER as u64 + 10].map(|at| image.extent_at(at).unwrap());
+    assert_eq!((extents[0].kind, extents[0].len), (ExtentKind::Data, CLUSTER as u64 + 10));
+    assert_eq!((extents[1].kind, extents[1].offset), (ExtentKind::Zero, None));
     assert!(image.warnings()[0].contains("behind the end of the file"));
 }
 

@@ -346,3 +346,15 @@ proptest! {
         work(if seal { sealed(image) } else { image });
     }
 }
+
+#[test]
+fn emptying_the_log_mends_a_damaged_header_and_says_so() {
+    for header in [64 << 10, 128 << 10] {
+        for repair in [Repair::Leaks, Repair::All] {
+            let storage = MemoryDevice::new(patched(dirty(), header, b"nope"));
+            let report = check(&storage, repair).unwrap();
+            assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1), "{report:?}");
+            assert!(check(&storage, Repair::Nothing).unwrap().is_clean());
+        }
+    }
+}
