@@ -12,7 +12,9 @@ use connection::{Connection, Request};
 use extents::Known;
 use handshake::Agreed;
 pub use stream::Address;
+use stream::Stream;
 
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -92,15 +94,29 @@ impl Remote {
             }
         }
         tracing::debug!(size = agreed.size, connections = connections.len(), "connected to NBD");
-        let read_only = options.read_only || agreed.has(export_flag::READ_ONLY);
-        Ok(Self {
+        Ok(Self::new(agreed, connections, options))
+    }
+
+    /// Uses the server at the other end of `stream`, on this one connection.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`].
+    pub fn from_stream(stream: UnixStream, options: &ClientOptions) -> Result<Self> {
+        let stream = Stream::over(stream, options.timeout)?;
+        let (agreed, connection) = Connection::over(stream, options)?;
+        Ok(Self::new(agreed, vec![connection], options))
+    }
+
+    fn new(agreed: Agreed, connections: Vec<Connection>, options: &ClientOptions) -> Self {
+        Self {
+            read_only: options.read_only || agreed.has(export_flag::READ_ONLY),
             agreed,
-            read_only,
             connections,
             turn: AtomicUsize::new(0),
             known: Mutex::default(),
             unaligned: Mutex::new(()),
-        })
+        }
     }
 
     /// What the server says about the export.

@@ -29,4 +29,4 @@ mod wire;
 pub use client::{Address, ClientOptions, Remote};
 pub use export::{Export, Statistics};
 pub use limits::Limits;
-pub use server::{Running, Server};
+pub use server::{Running, Server, serve};

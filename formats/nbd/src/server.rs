@@ -8,7 +8,7 @@ use crate::socket::{Deadline, Sender, SocketFile, listen};
 use crate::transmission::Connection;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -123,6 +123,51 @@ impl Server {
             })
             .map_err(|error| Error::io("cannot start the server's thread", error))?;
         Ok(Running { path, shared, greeter: Some(greeter), file: Some(file) })
+    }
+}
+
+/// Serves one client: what it sends comes from `input`, and replies go to `output`. Returns
+/// when it leaves or breaks the protocol, and every request of it is answered. Whoever
+/// calls this sees to it that a client which falls silent does not stay.
+///
+/// # Errors
+///
+/// As [`Server::bind`] for the exports; a handshake that broke the protocol or a limit.
+pub fn serve<R: Read + Send, W: Write + Send>(
+    input: R,
+    output: W,
+    exports: Vec<Export>,
+    limits: &Limits,
+) -> Result<()> {
+    let offered = Exports::default();
+    for export in exports {
+        offered.add(export)?;
+    }
+    let mut streams = Streams(input, output);
+    let Some(agreed) = negotiate(&mut streams, &offered, limits)? else {
+        return Ok(());
+    };
+    let budget = Budget::new(limits.server_bytes.max(u64::from(limits.payload)));
+    Connection::new((streams.0, streams.1), agreed, limits, &budget).serve();
+    Ok(())
+}
+
+/// Both directions as one.
+struct Streams<R, W>(R, W);
+
+impl<R: Read, W> Read for Streams<R, W> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(bytes)
+    }
+}
+
+impl<R, W: Write> Write for Streams<R, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.1.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.1.flush()
     }
 }
 

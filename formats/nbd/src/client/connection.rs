@@ -59,7 +59,11 @@ struct Slot {
 
 impl Connection {
     pub(super) fn open(address: &Address, options: &ClientOptions) -> Result<(Agreed, Self)> {
-        let mut stream = Stream::connect(address, options.timeout)?;
+        Self::over(Stream::connect(address, options.timeout)?, options)
+    }
+
+    /// Says hello over a stream that is connected.
+    pub(super) fn over(mut stream: Stream, options: &ClientOptions) -> Result<(Agreed, Self)> {
         let agreed = handshake::run(&mut stream, options)?;
         let clone =
             || stream.try_clone().map_err(|error| Error::io("cannot share the connection", error));

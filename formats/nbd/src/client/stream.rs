@@ -34,9 +34,7 @@ impl Stream {
             Address::Unix(path) => {
                 let stream = UnixStream::connect(path)
                     .map_err(|error| unreachable_server(error).in_file(path))?;
-                stream.set_read_timeout(Some(timeout)).map_err(unreachable_server)?;
-                stream.set_write_timeout(Some(timeout)).map_err(unreachable_server)?;
-                Self::Unix(stream)
+                Self::over(stream, timeout)?
             }
             Address::Tcp { host, port } => {
                 let stream = connect_tcp(host, *port, timeout).map_err(|error| {
@@ -51,6 +49,13 @@ impl Stream {
             }
         };
         Ok(stream)
+    }
+
+    /// A socket that is connected already.
+    pub(super) fn over(stream: UnixStream, timeout: Duration) -> Result<Self> {
+        stream.set_read_timeout(Some(timeout)).map_err(unreachable_server)?;
+        stream.set_write_timeout(Some(timeout)).map_err(unreachable_server)?;
+        Ok(Self::Unix(stream))
     }
 
     pub(super) fn try_clone(&self) -> io::Result<Self> {
