@@ -9,8 +9,12 @@
 
 #[path = "fuzz_seeds/by_qemu.rs"]
 mod by_qemu;
+#[path = "../../formats/dmg/tests/make/mod.rs"]
+mod dmg;
 #[path = "fuzz_seeds/own.rs"]
 mod own;
+#[path = "fuzz_seeds/streams.rs"]
+mod streams;
 
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
@@ -50,6 +54,7 @@ fn main() {
 fn make(folder: &Path) {
     let seeds = Seeds { folder: folder.to_owned() };
     own::make(&seeds);
+    streams::make(&seeds);
     by_qemu::make(&seeds);
     let all = samples();
     let scratch = tempfile::tempdir().unwrap();
@@ -65,7 +70,7 @@ fn make(folder: &Path) {
 
 /// The target that takes images of a format.
 fn target_of(format: &str) -> Option<&'static str> {
-    let targets = ["qcow2", "vhdx", "vmdk", "vpc", "vdi", "parallels", "dmg"];
+    let targets = ["qcow2", "vhdx", "vmdk", "vpc", "vdi", "qed", "parallels", "dmg", "luks"];
     targets.into_iter().find(|target| *target == format)
 }
 
@@ -91,6 +96,7 @@ impl Seeds {
             }
             if let Some(input) = case.encode() {
                 self.put(target, &input);
+                self.put("formats", &input);
             }
         }
     }

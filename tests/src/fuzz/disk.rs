@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Looking at a disk that may be broken: whatever it says has to agree with what it gives.
 
+use std::time::{Duration, Instant};
 use tranship_block::{BlockDevice, Extent, Result, is_zero};
 
 /// Extents that are looked at.
 const MOST_EXTENTS: usize = 200;
 /// Places that cannot be looked at, before one gives up.
 const MOST_ERRORS: usize = 8;
+/// How long extents are looked at.
+const LONGEST: Duration = Duration::from_millis(50);
 /// Bytes that are read at the start of an extent.
 const START: u64 = 6000;
 /// Bytes that are read at its end.
@@ -35,7 +38,9 @@ pub(crate) fn look(device: &dyn BlockDevice, file: Option<&dyn BlockDevice>) -> 
     }
     let mut seen = Vec::new();
     let (mut at, mut extents, mut errors) = (0, 0, 0);
-    while at < size && extents < MOST_EXTENTS && errors < MOST_ERRORS {
+    // Disks may be so large that looking at all their tables takes minutes.
+    let start = Instant::now();
+    while at < size && extents < MOST_EXTENTS && errors < MOST_ERRORS && start.elapsed() < LONGEST {
         let Ok(extent) = device.extent_at(at) else {
             at = (at / STEP).saturating_add(1).saturating_mul(STEP);
             errors += 1;

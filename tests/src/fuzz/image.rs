@@ -175,7 +175,9 @@ impl BlockDevice for Image {
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         let inner = self.inner();
         let left = inner.len.saturating_sub(offset);
-        assert!(left > 0, "extent at {offset} in a file of {} bytes", inner.len);
+        if left == 0 {
+            return Err(Error::usage("extent past the end of the file").at(offset));
+        }
         let first = inner.pages.range(offset / PAGE..).next().map(|(page, _)| page * PAGE);
         Ok(match first {
             Some(start) if start <= offset => {

@@ -17,7 +17,10 @@ mod case;
 mod changes;
 mod disk;
 mod image;
+mod nbd;
+mod packed;
 mod qcow2;
+mod readers;
 mod seal;
 mod subject;
 mod vhdx;
@@ -43,6 +46,16 @@ pub const TARGETS: &[Target] = &[
     Target { name: "vhdx", run: vhdx::run },
     Target { name: "vmdk", run: vmdk::run },
     Target { name: "vpc", run: vpc::run },
+    Target { name: "vdi", run: readers::vdi },
+    Target { name: "qed", run: readers::qed },
+    Target { name: "parallels", run: readers::parallels },
+    Target { name: "dmg", run: readers::dmg },
+    Target { name: "cloop", run: readers::cloop },
+    Target { name: "luks", run: readers::luks },
+    Target { name: "packed", run: packed::packed },
+    Target { name: "formats", run: packed::formats },
+    Target { name: "nbd_server", run: nbd::server },
+    Target { name: "nbd_client", run: nbd::client },
 ];
 
 /// Runs the target called `name`.

@@ -3,6 +3,7 @@
 //! cannot would never get past them.
 
 use super::Image;
+use sha2::{Digest, Sha256};
 use tranship_block::{BlockDevice, Span};
 
 /// CRC-32C of the headers, region tables and log entries of a VHDX.
@@ -56,4 +57,24 @@ fn sum(image: &Image, at: u64, len: u64, own: std::ops::Range<usize>) {
     let others = bytes.iter().enumerate().filter(|(at, _)| !own.contains(at));
     let sum = others.fold(0_u32, |sum, (_, byte)| sum + u32::from(*byte));
     image.put(at + own.start as u64, &(!sum).to_be_bytes());
+}
+
+/// The SHA-256 of both headers of a LUKS2 container, over the binary header and its JSON.
+pub(crate) fn luks(image: &Image) {
+    const LARGEST: u64 = 64 << 10;
+    const SUM: std::ops::Range<usize> = 448..512;
+    for at in [0, 16 << 10, 32 << 10, 64 << 10] {
+        let Some(head) = image.get(Span::new(at, 512)) else { continue };
+        let is_header = head.starts_with(b"LUKS\xba\xbe") || head.starts_with(b"SKUL\xba\xbe");
+        if !is_header || head[6..8] != [0, 2] {
+            continue;
+        }
+        let len = u64::from_be_bytes(head[8..16].try_into().unwrap());
+        let Some(mut bytes) = image.get(Span::new(at, len.min(LARGEST))) else { continue };
+        if bytes.len() < SUM.end {
+            continue;
+        }
+        bytes[SUM].fill(0);
+        image.put(at + SUM.start as u64, &Sha256::digest(&bytes));
+    }
 }
