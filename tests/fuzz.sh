@@ -66,8 +66,6 @@ target() {
     local name=$1 seconds=$2 status=0
     local program=$FOLDER/$TRIPLE/release/$name log=$FOLDER/$name.log found
     mkdir -p "$FOLDER/corpus/$name" "$FOLDER/seeds/$name" "$FOLDER/artifacts/$name"
-    # New branches count, whether the corpus is new or old. 64 KiB is what the largest
-    # structures need; longer input is only slower.
     "$program" "$FOLDER/corpus/$name" "$FOLDER/seeds/$name" \
         -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=256 \
         -max_len=131072 -print_final_stats=1 -artifact_prefix="$FOLDER/artifacts/$name/" \

@@ -156,7 +156,7 @@ fn vmdk(seeds: &Seeds) {
     let options = base(Subformat::StreamOptimized);
     let target = tranship_vmdk::StreamTarget::create(file.clone(), &options).unwrap();
     let mut arena = Vec::new();
-    let encoding = target.pack(&[0x55; 1 << 16], &mut arena).unwrap();
+    let encoding = target.pack(&vec![0x55; 1 << 16], &mut arena).unwrap();
     let units = [PackedUnit { offset: 1 << 16, len: arena.len(), encoding }];
     target.store(&arena, &units).unwrap();
     target.finish().unwrap();
