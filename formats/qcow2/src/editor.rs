@@ -334,12 +334,9 @@ impl<'a> Editor<'a> {
     /// Cuts off what is free at the end of the file.
     pub(crate) fn trim(&mut self) -> Result<()> {
         let geometry = self.geometry();
-        let mut end = geometry.clusters_for(self.storage.size());
         let table = refcount_table(self.storage, &self.header)?;
         let mut counts = check::compare::Counts::new(self.storage, &table, geometry);
-        while end > 0 && counts.get(end.saturating_sub(1))? == 0 {
-            end = end.saturating_sub(1);
-        }
+        let end = counts.used_end(geometry.clusters_for(self.storage.size()))?;
         let end = geometry.offset(end);
         if end < self.storage.size() { self.storage.set_len(end) } else { Ok(()) }
     }

@@ -44,16 +44,29 @@ pub fn give_back(storage: &dyn Storage) -> Result<()> {
     let table = refcount_table(storage, &editor.header)?;
     let mut counts = Counts::new(storage, &table, geometry);
     let end = geometry.clusters_for(storage.size());
+    let discard = |first: u64, end: u64| {
+        let start = geometry.offset(first);
+        let len = geometry.offset(end).saturating_sub(start);
+        storage.discard(Span::new(start, len.min(storage.size().saturating_sub(start))))
+    };
     let mut gap: Option<u64> = None;
-    for cluster in 0..=end {
-        let is_free = cluster < end && counts.get(cluster)? == 0;
-        if is_free {
-            gap.get_or_insert(cluster);
-        } else if let Some(first) = gap.take() {
-            let start = geometry.offset(first);
-            let len = geometry.offset(cluster).saturating_sub(start);
-            storage.discard(Span::new(start, len.min(storage.size().saturating_sub(start))))?;
+    let per_block = geometry.per_block();
+    for number in 0..end.div_ceil(per_block) {
+        let first = number.saturating_mul(per_block);
+        if counts.is_free(number)? {
+            gap.get_or_insert(first);
+            continue;
         }
+        for cluster in first..first.saturating_add(per_block).min(end) {
+            if counts.get(cluster)? == 0 {
+                gap.get_or_insert(cluster);
+            } else if let Some(start) = gap.take() {
+                discard(start, cluster)?;
+            }
+        }
+    }
+    if let Some(start) = gap {
+        discard(start, end)?;
     }
     storage.flush()
 }

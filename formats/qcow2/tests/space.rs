@@ -14,6 +14,7 @@ use tranship_qcow2::{
     Backing, CreateOptions, OpenOptions, Qcow2, check, check_read_only, create, create_snapshot,
     empty, give_back,
 };
+use tranship_raw::{Access, RawFile};
 
 const SIZE: u64 = 200_000;
 
@@ -85,4 +86,19 @@ fn a_cut_while_space_is_given_back_changes_nothing() {
         assert_eq!(check_read_only(&device).unwrap().corruptions, 0);
         assert!(contents(device, &base) == before);
     });
+}
+
+#[test]
+fn the_end_of_a_very_long_file_is_found_at_once() {
+    let base = Arc::new(MemoryDevice::new(vec![7; SIZE as usize]));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    let bytes = image(&base, false);
+    std::fs::write(&path, &bytes).unwrap();
+    let file = RawFile::open(&path, Access::ReadWrite).unwrap();
+    // 2^33 clusters behind the image, of which no table knows.
+    file.set_len(4 << 40).unwrap();
+    give_back(&file).unwrap();
+    assert!(file.size() <= bytes.len() as u64);
+    assert!(check_read_only(&file).unwrap().is_clean());
 }

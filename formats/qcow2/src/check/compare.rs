@@ -52,6 +52,31 @@ impl<'a> Counts<'a> {
             .block(cluster.checked_div(per_block).unwrap_or(0))?
             .map_or(0, |(_, block)| count_at(block, index, order)))
     }
+
+    /// Whether nothing that block `number` counts is in use.
+    pub(crate) fn is_free(&mut self, number: u64) -> Result<bool> {
+        Ok(self.block(number)?.is_none_or(|(_, block)| is_zero(block)))
+    }
+
+    /// The end of the last cluster in use, of those in front of `end`. A file may be far
+    /// longer than what is in it: where no block counts, no cluster is looked at.
+    pub(crate) fn used_end(&mut self, end: u64) -> Result<u64> {
+        let per_block = self.geometry.per_block();
+        let listed = self.table.iter().rposition(|entry| *entry != 0);
+        let listed = listed.map_or(0, |last| to_u64(last).saturating_add(1));
+        let mut end = end.min(listed.saturating_mul(per_block));
+        while let Some(last) = end.checked_sub(1) {
+            let number = last.checked_div(per_block).unwrap_or(0);
+            if self.is_free(number)? {
+                end = number.saturating_mul(per_block);
+            } else if self.get(last)? == 0 {
+                end = last;
+            } else {
+                break;
+            }
+        }
+        Ok(end)
+    }
 }
 
 impl Walk<'_> {
