@@ -64,6 +64,9 @@ impl<'a> Checker<'a> {
         if !self.read_directories() {
             return Ok(());
         }
+        if self.layout.descriptor.is_some_and(|at| at.check_within(self.storage.size()).is_err()) {
+            self.corruption(|| "the embedded descriptor ends past the end of the file".to_owned());
+        }
         self.mend_directories()?;
         self.metadata = metadata(&self.layout, &self.primary, &self.redundant);
         self.check_shared_tables();
@@ -350,8 +353,9 @@ impl<'a> Checker<'a> {
         let mut end = self.layout.overhead.max(SECTOR);
         let mut gaps = Vec::new();
         for area in areas {
-            if area.start.saturating_sub(end) >= grain {
-                gaps.push(Span::new(end, area.start.saturating_sub(end)));
+            let start = area.start.min(size);
+            if start.saturating_sub(end) >= grain {
+                gaps.push(Span::new(end, start.saturating_sub(end)));
             }
             end = end.max(area.end());
         }

@@ -473,3 +473,16 @@ fn a_gap_that_shares_a_block_with_its_neighbour_is_given_back_once() {
     let again = check(&storage, &NoFiles, Repair::Nothing).unwrap();
     assert!(again.is_clean(), "{again:?}");
 }
+
+#[test]
+fn a_descriptor_outside_of_the_file_is_a_contradiction_and_no_gap_in_front_of_it() {
+    let mut image = sparse();
+    image[28..36].copy_from_slice(&4_000_000_u64.to_le_bytes());
+    let storage = MemoryDevice::new(image.clone());
+    for repair in [Repair::Nothing, Repair::All] {
+        let report = check(&storage, &NoFiles, repair).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (1, 0), "{report:?}");
+        assert!(report.details[0].contains("descriptor ends past"), "{report:?}");
+    }
+    assert!(storage.snapshot() == image);
+}
