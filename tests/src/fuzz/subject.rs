@@ -39,6 +39,12 @@ pub(crate) trait Subject {
     /// The same with copies of all further files, to be written.
     fn fork(&self) -> Box<dyn Subject>;
 
+    /// Whether a report counts what is left after a repair, rather than what it could not
+    /// mend: in an image with contradictions these are not the same.
+    fn looks_again(&self) -> bool {
+        true
+    }
+
     /// Whether all that can be wrong with an image shows in a check.
     fn is_checked(&self) -> bool {
         true
@@ -89,6 +95,9 @@ fn repair(
     let again = subject.check(&*copy, Repair::Nothing);
     let Ok(report) = report else { return };
     let again = again.expect("an image that was repaired can be checked");
+    if !report.is_clean() && !subject.looks_again() {
+        return;
+    }
     assert_eq!(
         (again.corruptions, again.leaks, again.check_errors),
         (report.corruptions, report.leaks, report.check_errors),

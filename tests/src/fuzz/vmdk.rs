@@ -93,6 +93,10 @@ impl Subject for Parts {
         Box::new(Self { has_parent: self.has_parent, other: Arc::new(self.other.copy()) })
     }
 
+    fn looks_again(&self) -> bool {
+        false
+    }
+
     fn is_checked(&self) -> bool {
         false
     }
