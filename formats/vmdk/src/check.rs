@@ -5,7 +5,7 @@ use crate::check_extent::Checker;
 use crate::extents::ExtentFiles;
 use crate::line::{Access, ExtentLine, ExtentType};
 use crate::open::{File, file_kind, not_a_disk, read_head, read_text};
-use crate::{cowd, header, sesparse};
+use crate::{cowd, header, line, sesparse};
 use tranship_block::{BlockDevice, CheckReport, Error, ErrorKind, Repair, Result, Storage};
 
 /// Checks the disk whose first or only file is `storage`; its other files come from
@@ -28,6 +28,9 @@ pub fn check(
     let mut report = CheckReport::default();
     if file_kind(&read_head(&storage)?) == Some(File::Text) {
         let descriptor = read_text(&storage)?;
+        if let Err(error) = line::check_apart(&descriptor.extents) {
+            report.corruption(|| error.to_string());
+        }
         for line in &descriptor.extents {
             match check_line(files, line, repair, &mut report) {
                 Ok(()) => {}

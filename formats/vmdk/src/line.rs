@@ -134,6 +134,31 @@ impl ExtentLine {
     }
 }
 
+/// Says which extents share bytes of a file, if any do: a write to one would change the
+/// other. Names are compared as they are.
+pub(crate) fn check_apart(lines: &[ExtentLine]) -> Result<()> {
+    let mut places: Vec<(&str, u64, u64)> = lines
+        .iter()
+        .filter(|line| line.kind != ExtentType::Zero && line.access != Access::None)
+        .map(|line| match line.kind {
+            ExtentType::Flat | ExtentType::Vmfs => {
+                (line.name.as_str(), line.offset, line.offset.saturating_add(line.len))
+            }
+            _ => (line.name.as_str(), 0, u64::MAX),
+        })
+        .collect();
+    places.sort_unstable();
+    for pair in places.windows(2) {
+        if let [(name, _, end), (other, start, _)] = pair
+            && name == other
+            && start < end
+        {
+            return Err(Error::corrupt(format!("two extents share bytes of {name:?}")).at(*start));
+        }
+    }
+    Ok(())
+}
+
 fn next_word(text: &str) -> (&str, &str) {
     let text = text.trim_start();
     text.split_once(|c: char| c.is_ascii_whitespace()).unwrap_or((text, ""))

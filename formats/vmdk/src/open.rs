@@ -7,7 +7,7 @@ use crate::files::{Files, sparse};
 use crate::header::{self, MAGIC};
 use crate::identity::{DescriptorPlace, Identity};
 use crate::layout::Layout;
-use crate::line::{Access, ExtentLine, ExtentType};
+use crate::line::{Access, ExtentLine, ExtentType, check_apart};
 use crate::{Descriptor, cowd, sesparse};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Error, Gate, Result, Storage};
@@ -260,6 +260,9 @@ fn open_described(file: &OpenFile, source: Source<'_>, options: OpenOptions) -> 
     // Everything that can be refused by its words is refused before any file is opened.
     for line in &descriptor.extents {
         check_line(line, options.salvage)?;
+    }
+    if file.storage.is_some() {
+        check_apart(&descriptor.extents)?;
     }
     let mut warnings = Vec::new();
     let mut files = Files::new(source, file.storage.is_some(), options.salvage);

@@ -262,7 +262,8 @@ fn missing_extents_are_named_or_salvaged() {
     verify(&disk, &expected);
     assert_eq!(disk.warnings().len(), 3, "{:?}", disk.warnings());
     let report = check(&*file, &files, Repair::Nothing).unwrap();
-    assert_eq!(report.corruptions, 2, "{report:?}");
+    // The missing file, the short one, and that two extents share bytes of it.
+    assert_eq!(report.corruptions, 3, "{report:?}");
 }
 
 #[test]
@@ -485,4 +486,28 @@ fn a_descriptor_outside_of_the_file_is_a_contradiction_and_no_gap_in_front_of_it
         assert!(report.details[0].contains("descriptor ends past"), "{report:?}");
     }
     assert!(storage.snapshot() == image);
+}
+
+#[test]
+fn extents_that_share_bytes_are_read_but_never_written() {
+    let files = Memory::default();
+    files.put("d-flat.vmdk", Arc::new(MemoryDevice::new(pattern(4096, 1))));
+    for (second, is_apart) in [(4, true), (3, false), (0, false)] {
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"custom\"\n\
+             RW 4 FLAT \"d-flat.vmdk\" 0\nRW 4 FLAT \"d-flat.vmdk\" {second}\n"
+        );
+        let storage = Arc::new(MemoryDevice::new(text.into_bytes()));
+        let report = check(&*storage, &files, Repair::Nothing).unwrap();
+        assert_eq!(report.corruptions, u64::from(!is_apart), "{report:?}");
+        assert!(Vmdk::open(storage.clone(), &files, OpenOptions::default()).is_ok());
+        let opened = Vmdk::open_writable(storage, &files, OpenOptions::default());
+        match opened {
+            Ok(_) => assert!(is_apart),
+            Err(error) => {
+                assert_eq!(error.message(), "two extents share bytes of \"d-flat.vmdk\"");
+                assert!(!is_apart);
+            }
+        }
+    }
 }
