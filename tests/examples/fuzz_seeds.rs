@@ -40,9 +40,8 @@ fn main() {
                 let file = std::fs::File::create(path).unwrap();
                 file.set_len(contents.len).unwrap();
                 for (at, bytes) in &contents.pieces {
-                    let Some(bytes) = image.get(Span::new(*at, bytes.len() as u64)) else {
-                        continue;
-                    };
+                    let len = (bytes.len() as u64).min(contents.len.saturating_sub(*at));
+                    let Some(bytes) = image.get(Span::new(*at, len)) else { continue };
                     std::os::unix::fs::FileExt::write_all_at(&file, &bytes, *at).unwrap();
                 }
             }

@@ -67,6 +67,7 @@ impl<'a> Checker<'a> {
         if self.layout.descriptor.is_some_and(|at| at.check_within(self.storage.size()).is_err()) {
             self.corruption(|| "the embedded descriptor ends past the end of the file".to_owned());
         }
+        self.check_entangled();
         self.mend_directories()?;
         self.metadata = metadata(&self.layout, &self.primary, &self.redundant);
         self.check_shared_tables();
@@ -181,6 +182,28 @@ impl<'a> Checker<'a> {
         let offset = u64::try_from(index).unwrap_or(u64::MAX).saturating_mul(4);
         self.storage.write_at(&sector.to_le_bytes(), directory.saturating_add(offset))?;
         self.storage.flush()
+    }
+
+    /// Finds tables and directories that lie on each other. Nothing is mended then: what is
+    /// written to one would damage the other.
+    fn check_entangled(&mut self) {
+        let (layout, size) = (&self.layout, self.storage.size());
+        let entries = self.primary.iter().chain(&self.redundant);
+        let mut areas: Vec<Span> = entries
+            .filter(|entry| is_usable(layout, **entry, size))
+            .map(|entry| Span::new(layout.table_at(*entry), layout.table_len()))
+            .collect();
+        areas.sort_unstable_by_key(|area| area.start);
+        // Both directories may name the same table.
+        areas.dedup();
+        areas.extend(metadata_in_front(layout));
+        areas.sort_unstable_by_key(|area| area.start);
+        let overlaps =
+            areas.windows(2).filter(|pair| matches!(pair, [a, b] if a.end() > b.start)).count();
+        if overlaps > 0 {
+            self.corruption(|| format!("{overlaps} tables and directories lie on others"));
+            self.repair = Repair::Nothing;
+        }
     }
 
     /// Finds tables that several directory entries name.
@@ -384,6 +407,19 @@ impl<'a> Checker<'a> {
         self.report.note(|| text);
         Ok(())
     }
+}
+
+/// Header, descriptor and directories.
+fn metadata_in_front(layout: &Layout) -> Vec<Span> {
+    let len = layout.directory_entries.saturating_mul(layout.entry_len());
+    let redundant = layout.redundant.filter(|at| Some(*at) != layout.directory);
+    let directories = layout.directory.into_iter().chain(redundant);
+    let header = [Span::new(0, SECTOR)];
+    header
+        .into_iter()
+        .chain(layout.descriptor)
+        .chain(directories.map(|at| Span::new(at, len)))
+        .collect()
 }
 
 /// Whether something is stored in `gap`. A hole takes no space: that is where discarded

@@ -511,3 +511,15 @@ fn extents_that_share_bytes_are_read_but_never_written() {
         }
     }
 }
+
+#[test]
+fn a_table_that_lies_on_a_directory_is_not_mended() {
+    let mut image = sparse();
+    image[DIRECTORY * 512..DIRECTORY * 512 + 4].copy_from_slice(&(REDUNDANT as u32).to_le_bytes());
+    let storage = MemoryDevice::new(image.clone());
+    let before = check(&storage, &NoFiles, Repair::Nothing).unwrap();
+    assert!(before.details[0].contains("1 tables and directories lie on others"), "{before:?}");
+    let report = check(&storage, &NoFiles, Repair::All).unwrap();
+    assert_eq!((report.corruptions, report.corruptions_fixed), (before.corruptions, 0));
+    assert!(storage.snapshot() == image);
+}
