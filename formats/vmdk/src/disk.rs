@@ -272,7 +272,12 @@ impl Piece {
                         let data = Extent::new(ExtentKind::Data, len);
                         Ok(Extent { compressed: true, ..data })
                     }
-                    Place::Stored(at) => Ok(Extent::new(ExtentKind::Data, len).mapped_to(at)),
+                    Place::Stored(at) => {
+                        let data = Extent::new(ExtentKind::Data, len);
+                        // A grain that is salvaged may end behind the file.
+                        let is_there = Span::new(at, len).check_within(extent.file.size()).is_ok();
+                        Ok(if is_there { data.mapped_to(at) } else { data })
+                    }
                 }
             }
         }
