@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex};
 use tranship_block::{
     BlockDevice, CheckReport, Error, ErrorKind, Gate, Repair, Request, Result, Span, Storage,
 };
-use tranship_vmdk::{ExtentFiles, OpenOptions, Parent, Vmdk, check, read_descriptor, resize};
+use tranship_vmdk::{
+    ExtentFiles, OpenOptions, Parent, ResizeOptions, Vmdk, check, read_descriptor, resize,
+};
 
 const PARENT: u8 = OWN;
 const RESIZE: u8 = OWN + 2;
@@ -115,7 +117,7 @@ pub(crate) fn run(input: &[u8]) {
         let copy = Arc::new(file.copy());
         let old = parts.open(&copy, Mode::Read).map(|disk| disk.size());
         let size = u64::from(case.ops[0].place) << (case.ops[0].len % 15);
-        let result = resize(&*copy, &parts.folder(), size);
+        let result = resize(&*copy, &parts.folder(), size, ResizeOptions::default());
         if is_sound {
             has_no_corruption(&result, &parts.check(&copy.view(true), Repair::Nothing));
         }
