@@ -61,7 +61,6 @@ impl<'a> Checker<'a> {
         self.check_entangled();
         self.mend_directories()?;
         self.metadata = metadata(&self.layout, &self.primary, &self.redundant);
-        self.check_shared_tables();
         for index in 0..self.primary.len() {
             self.check_table(index)?;
         }

@@ -234,7 +234,8 @@ impl Writer {
     }
 }
 
-fn header_len(layout: &Layout) -> u64 {
+/// Bytes of the header at the front.
+pub(crate) fn header_len(layout: &Layout) -> u64 {
     if layout.kind == ExtentType::VmfsSparse { cowd::HEADER_LEN } else { SECTOR }
 }
 

@@ -398,3 +398,21 @@ fn a_table_that_lies_on_a_directory_is_not_mended() {
     assert_eq!((report.corruptions, report.corruptions_fixed), (before.corruptions, 0));
     assert!(storage.snapshot() == image);
 }
+
+#[test]
+fn tables_of_several_numbers_are_not_mended() {
+    let good = sparse();
+    let second = entry(&good, DIRECTORY, 1);
+    for (directory, index, entry) in
+        [(REDUNDANT, 0, second), (DIRECTORY, 1, TABLE as u32), (DIRECTORY, 2, second)]
+    {
+        let mut image = good.clone();
+        set(&mut image, directory, index, entry);
+        // What the first table has and the second one does not.
+        set(&mut image, TABLE, 7, 0);
+        let (report, mended) = mend(image.clone());
+        assert!(report.details[0].contains("1 tables and directories lie on others"), "{report:?}");
+        assert_eq!(report.corruptions_fixed, 0, "{report:?}");
+        assert!(mended == image);
+    }
+}

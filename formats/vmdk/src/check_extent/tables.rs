@@ -6,6 +6,7 @@ use crate::SECTOR;
 use crate::directory::{self, is_usable};
 use crate::layout::Layout;
 use crate::table::{Table, read_table};
+use crate::writer::header_len;
 use tranship_block::{Error, Repair, Result, Span};
 
 impl Checker<'_> {
@@ -99,14 +100,17 @@ impl Checker<'_> {
     /// written to one would damage the other.
     pub(super) fn check_entangled(&mut self) {
         let (layout, size) = (&self.layout, self.storage.size());
-        let entries = self.primary.iter().chain(&self.redundant);
-        let mut areas: Vec<Span> = entries
-            .filter(|entry| is_usable(layout, **entry, size))
-            .map(|entry| Span::new(layout.table_at(*entry), layout.table_len()))
+        let copies = self.redundant.iter().copied().chain(std::iter::repeat(0));
+        let mut areas: Vec<Span> = self
+            .primary
+            .iter()
+            .copied()
+            .zip(copies)
+            // Both entries of one number may name the same table, but no others.
+            .flat_map(|(own, copy)| [own, if copy == own { 0 } else { copy }])
+            .filter(|entry| is_usable(layout, *entry, size))
+            .map(|entry| Span::new(layout.table_at(entry), layout.table_len()))
             .collect();
-        areas.sort_unstable_by_key(|area| area.start);
-        // Both directories may name the same table.
-        areas.dedup();
         areas.extend(metadata_in_front(layout));
         areas.sort_unstable_by_key(|area| area.start);
         let overlaps =
@@ -114,17 +118,6 @@ impl Checker<'_> {
         if overlaps > 0 {
             self.corruption(|| format!("{overlaps} tables and directories lie on others"));
             self.repair = Repair::Nothing;
-        }
-    }
-
-    /// Finds tables that several directory entries name.
-    pub(super) fn check_shared_tables(&mut self) {
-        let mut tables: Vec<u32> =
-            self.primary.iter().copied().filter(|entry| *entry != 0).collect();
-        tables.sort_unstable();
-        let shared = tables.windows(2).filter(|pair| matches!(pair, [a, b] if a == b)).count();
-        if shared > 0 {
-            self.corruption(|| format!("{shared} grain tables are named more than once"));
         }
     }
 
@@ -209,7 +202,7 @@ fn metadata_in_front(layout: &Layout) -> Vec<Span> {
     let len = layout.directory_entries.saturating_mul(layout.entry_len());
     let redundant = layout.redundant.filter(|at| Some(*at) != layout.directory);
     let directories = layout.directory.into_iter().chain(redundant);
-    let header = [Span::new(0, SECTOR)];
+    let header = [Span::new(0, header_len(layout))];
     header
         .into_iter()
         .chain(layout.descriptor)
