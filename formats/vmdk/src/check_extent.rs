@@ -35,6 +35,8 @@ impl<'a> Checker<'a> {
         repair: Repair,
         report: &'a mut CheckReport,
     ) -> Self {
+        // Nothing can be put behind a footer, or taken away in front of it.
+        let repair = if layout.has_footer { Repair::Nothing } else { repair };
         Self {
             storage,
             layout,
@@ -67,7 +69,7 @@ impl<'a> Checker<'a> {
         self.check_places();
         let end = self.metadata.last().map_or(0, Span::end);
         self.report.image_end_offset = self.report.image_end_offset.max(end);
-        if self.corruptions == 0 && !self.layout.compressed {
+        if self.corruptions == 0 && !self.layout.compressed && !self.layout.has_footer {
             self.check_leaks()?;
         }
         Ok(())

@@ -64,6 +64,7 @@ fn parse(bytes: &[u8]) -> Result<Layout> {
         entries: Entries::Sectors { zeroed: false },
         descriptor: None,
         directory: Some(directory),
+        has_footer: false,
         redundant: None,
         overhead: directory,
         compressed: false,

@@ -24,8 +24,9 @@ pub(crate) fn sparse(
     if layout.unclean {
         warnings.push("the last writer did not close the disk".to_owned());
     }
-    if file.storage.is_some() && (layout.compressed || layout.kind == ExtentType::SeSparse) {
-        return Err(Error::unsupported(if layout.compressed {
+    let is_stream = layout.compressed || layout.has_footer;
+    if file.storage.is_some() && (is_stream || layout.kind == ExtentType::SeSparse) {
+        return Err(Error::unsupported(if is_stream {
             "a stream-optimized disk is written once: convert it to another kind to change it"
         } else {
             "seSparse extents are read only: convert the disk to another kind to change it"

@@ -94,6 +94,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Layout> {
             DIRECTORY_AT_END => None,
             sectors => Some(bytes_of("gdOffset", sectors)?),
         },
+        has_footer: directory == DIRECTORY_AT_END,
         redundant: if flags & FLAG_REDUNDANT_DIRECTORY != 0 && redundant != 0 {
             Some(bytes_of("rgdOffset", redundant)?)
         } else {
@@ -142,7 +143,12 @@ pub(crate) fn merge(header: &Layout, footer: &Layout) -> Result<Layout> {
              table size or compression",
         ));
     }
-    Ok(Layout { descriptor: header.descriptor, overhead: header.overhead, ..footer.clone() })
+    Ok(Layout {
+        descriptor: header.descriptor,
+        overhead: header.overhead,
+        has_footer: true,
+        ..footer.clone()
+    })
 }
 
 pub(crate) fn bytes_of(name: &str, sectors: u64) -> Result<u64> {

@@ -58,6 +58,8 @@ pub(crate) struct Layout {
     pub(crate) descriptor: Option<Span>,
     /// Byte offset of the grain directory; none if only a footer knows it.
     pub(crate) directory: Option<u64>,
+    /// Whether the directory is named by a footer alone, which has to stay at the end.
+    pub(crate) has_footer: bool,
     /// Byte offset of the second copy of the grain directory.
     pub(crate) redundant: Option<u64>,
     /// Byte behind the metadata at the front, as far as the header knows it.

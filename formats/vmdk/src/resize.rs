@@ -113,7 +113,7 @@ fn check_sparse(options: ResizeOptions) -> Result<()> {
 /// end of the file, with the old tables and new, empty ones; the header, which is written
 /// last, leads to them.
 fn grow_sparse(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> {
-    if layout.compressed {
+    if layout.compressed || layout.has_footer {
         return Err(Error::unsupported(
             "a stream-optimized disk is written once: convert it to another kind to resize it",
         ));

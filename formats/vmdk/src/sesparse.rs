@@ -99,6 +99,7 @@ fn parse(bytes: &[u8]) -> Result<(Layout, u64)> {
         },
         descriptor: None,
         directory: Some(directory.start),
+        has_footer: false,
         redundant: None,
         overhead: SECTOR,
         compressed: false,
