@@ -34,8 +34,10 @@ pub(crate) fn sparse(
     }
     let (mut extent, found) = SparseExtent::open(file.device, layout, salvage)?;
     warnings.extend(found);
-    extent.writer =
-        file.storage.map(|storage| Writer::new(storage, &extent.layout, &extent.tables));
+    if let Some(storage) = file.storage {
+        let end = extent.end_of_last_grain();
+        extent.writer = Some(Writer::new(storage, &extent.layout, &extent.tables, end));
+    }
     Ok(extent)
 }
 

@@ -68,25 +68,50 @@ impl SparseExtent {
         let start = first.saturating_mul(grain.get());
         let count = u64::try_from(blank.len()).unwrap_or(u64::MAX);
         let stop = first.saturating_add(count).saturating_mul(grain.get());
+        let retired = writer.retired(first);
+        // Of the last grain the file may hold no more than belongs to the disk.
+        let stop = if retired.is_some() { stop.min(self.layout.capacity) } else { stop };
         let end = offset.saturating_add(len).min(stop);
         let len = end.saturating_sub(offset);
         let first_place = blank.first().copied().unwrap_or(Place::Zero);
-        let before =
-            self.old(first_place, Span::new(start, offset.saturating_sub(start)), below)?;
-        let after = self.old(last, Span::new(end, stop.saturating_sub(end)), below)?;
-        let at = match writer.retired(first) {
+        let before = Span::new(start, offset.saturating_sub(start));
+        let after = Span::new(end, stop.saturating_sub(end));
+        let at = match retired {
             Some(at) => at,
             None => writer.allocate(&self.layout, stop.saturating_sub(start))?,
         };
         let now = head(buf, len);
-        let all = [IoSlice::new(&before), IoSlice::new(now), IoSlice::new(&after)];
-        writer.storage.write_vectored_at(&all, at)?;
+        if grain.get() <= LARGEST_RUN {
+            let before = self.old(first_place, before, below)?;
+            let after = self.old(last, after, below)?;
+            let all = [IoSlice::new(&before), IoSlice::new(now), IoSlice::new(&after)];
+            writer.storage.write_vectored_at(&all, at)?;
+        } else {
+            let place = |byte: u64| at.saturating_add(byte.saturating_sub(start));
+            self.store_old(writer, first_place, before, at, below)?;
+            writer.storage.write_at(now, place(offset))?;
+            self.store_old(writer, last, after, place(end), below)?;
+        }
         let per_grain = grain.get() / SECTOR;
         self.set(writer, first, count, |number| {
             (at / SECTOR).saturating_add(number.saturating_mul(per_grain))
         })?;
         writer.revive(first);
         Ok(len)
+    }
+
+    /// The byte behind the place of the last grain, if it is stored: the file may end before
+    /// it where the disk does.
+    pub(crate) fn end_of_last_grain(&self) -> u64 {
+        let capacity = self.layout.capacity;
+        if capacity % self.layout.grain == 0 {
+            return 0;
+        }
+        match self.place(capacity.saturating_sub(1)) {
+            Ok(Place::Stored(at)) => at.saturating_add(self.layout.grain.get()),
+            // A table that cannot be read is the business of whoever asks for a grain of it.
+            _ => 0,
+        }
     }
 
     /// The grains from `first` up to `end` that are not stored, as far as they can get a
@@ -117,6 +142,33 @@ impl SparseExtent {
             below.read(part, span.start)?;
         }
         Ok(bytes)
+    }
+
+    /// Stores what the guest has in `span` of a grain that is not stored at byte `at`, piece
+    /// by piece: grains may have 1 GiB.
+    fn store_old(
+        &self,
+        writer: &Writer,
+        place: Place,
+        span: Span,
+        at: u64,
+        below: &Below<'_>,
+    ) -> Result<()> {
+        let mut done = 0_u64;
+        while done < span.len {
+            let (from, to) = (span.start.saturating_add(done), at.saturating_add(done));
+            let left = span.len.saturating_sub(done);
+            let zero = if place == Place::Zero { left } else { below.zeroes(from, left)? };
+            if zero > 0 {
+                writer.storage.write_zeroes(Span::new(to, zero), Zeroing::MayUnmap)?;
+                done = done.saturating_add(zero);
+                continue;
+            }
+            let len = left.min(LARGEST_RUN);
+            writer.storage.write_at(&self.old(place, Span::new(from, len), below)?, to)?;
+            done = done.saturating_add(len);
+        }
+        Ok(())
     }
 
     /// Changes the entries of `count` grains from `first` on.
@@ -235,7 +287,7 @@ impl SparseExtent {
         }
         let grain = self.layout.grain;
         let most = if self.layout.can_zero() {
-            grain.get().saturating_sub(span.start % grain)
+            grain.get().saturating_sub(span.start % grain).min(LARGEST_RUN)
         } else {
             ZEROES
         };

@@ -46,9 +46,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Writer {
-    pub(crate) fn new(storage: Arc<dyn Storage>, layout: &Layout, tables: &Tables) -> Self {
+    /// New grains go behind the end of the file, and behind byte `end`.
+    pub(crate) fn new(
+        storage: Arc<dyn Storage>,
+        layout: &Layout,
+        tables: &Tables,
+        end: u64,
+    ) -> Self {
         let grain = layout.grain.get();
-        let end = storage.size().div_ceil(grain).saturating_mul(grain);
+        let end = storage.size().max(end).div_ceil(grain).saturating_mul(grain);
         let load = |list: &[AtomicU32]| -> Vec<u32> {
             list.iter().map(|entry| entry.load(Ordering::Acquire)).collect()
         };

@@ -8,8 +8,10 @@ mod folder;
 
 use libdeflater::{CompressionLvl, Compressor};
 use std::sync::Arc;
-use tranship_block::{BlockDevice, DenyAll, Error, ErrorKind, MemoryDevice, Result};
-use tranship_vmdk::{OpenOptions, Vmdk};
+use tranship_block::{
+    BlockDevice, DenyAll, Error, ErrorKind, MemoryDevice, Repair, Result, Span, Zeroing,
+};
+use tranship_vmdk::{NoFiles, OpenOptions, ResizeOptions, Vmdk, check, resize};
 
 const GRAIN: usize = 4096;
 const DIRECTORY: usize = 21;
@@ -292,4 +294,76 @@ fn zeroes_have_to_be_declared() {
     let disk = Vmdk::open(file, &DenyAll, salvage).unwrap();
     assert!(folder::contents(&disk).unwrap() == read(sparse()).unwrap());
     assert!(disk.warnings()[1].contains("1 grains"), "{:?}", disk.warnings());
+}
+
+#[test]
+fn a_grain_of_a_gibibyte_takes_what_is_written() {
+    let mut image = sparse();
+    put(&mut image, 12, &(2_u64 << 21).to_le_bytes());
+    put(&mut image, 20, &(1_u64 << 21).to_le_bytes());
+    put(&mut image, TABLE * 512, &[0; 20]);
+    image.truncate(GRAINS * 512);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("d.vmdk");
+    std::fs::write(&path, image).unwrap();
+    let disk = folder::open_writable(&path).unwrap();
+    let at = (1 << 30) + 12_345;
+    disk.write_at(&[7; 1000], at).unwrap();
+    disk.write_zeroes(Span::new(0, 5000), Zeroing::MayUnmap).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let disk = folder::open(&path).unwrap();
+    let mut found = vec![0xee; 3000];
+    disk.read_at(&mut found, at - 1000).unwrap();
+    assert!(found == [[0; 1000], [7; 1000], [0; 1000]].concat());
+    let stored = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap()) * 512;
+    assert!(stored < 1 << 20, "{stored} bytes are stored");
+}
+
+#[test]
+fn a_last_grain_that_the_file_cuts_off_takes_nothing_from_its_neighbours() {
+    // One sector of grain 4 belongs to the disk, and the file ends behind it; the grain is
+    // not where a writer would put one.
+    let mut image = sparse();
+    put(&mut image, 12, &(4 * 8 + 1_u64).to_le_bytes());
+    put(&mut image, TABLE * 512, &[0; 20]);
+    put(&mut image, TABLE * 512 + 16, &41_u32.to_le_bytes());
+    image.truncate(42 * 512);
+    let storage = Arc::new(MemoryDevice::new(image));
+    let disk = Vmdk::open_writable(storage.clone(), &NoFiles, OpenOptions::default()).unwrap();
+    let last = 4 * GRAIN as u64;
+    disk.write_zeroes(Span::new(last, 512), Zeroing::MayUnmap).unwrap();
+    disk.write_at(&[0x77; GRAIN], 0).unwrap();
+    disk.write_at(&[0x66; 512], last).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let report = check(&*storage, &NoFiles, Repair::Nothing).unwrap();
+    assert_eq!(report.corruptions, 0, "{report:?}");
+    let bytes = read(storage.snapshot()).unwrap();
+    let expected = [&[0x77; GRAIN][..], &[0; 3 * GRAIN], &[0x66; 512]].concat();
+    assert!(bytes == expected);
+}
+
+#[test]
+fn what_has_a_footer_is_not_written() {
+    // The sparse disk, but the directory is named by a footer.
+    let mut image = sparse();
+    let footer = image[..512].to_vec();
+    put(&mut image, 56, &u64::MAX.to_le_bytes());
+    let mut marker = vec![0; 512];
+    put(&mut marker, 12, &3_u32.to_le_bytes());
+    for sector in [marker, footer, vec![0; 512]] {
+        image.extend(sector);
+    }
+    // What would be a leak elsewhere.
+    put(&mut image, TABLE * 512 + 16, &0_u32.to_le_bytes());
+    assert!(read(image.clone()).is_ok());
+    let storage = Arc::new(MemoryDevice::new(image.clone()));
+    let report = check(&*storage, &NoFiles, Repair::All).unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    let opened = Vmdk::open_writable(storage.clone(), &NoFiles, OpenOptions::default());
+    assert_eq!(opened.unwrap_err().kind(), ErrorKind::Unsupported);
+    let resized = resize(&*storage, &NoFiles, 64 << 20, ResizeOptions::default());
+    assert_eq!(resized.unwrap_err().kind(), ErrorKind::Unsupported);
+    assert!(storage.snapshot() == image);
 }
