@@ -56,7 +56,11 @@ pub(crate) fn extent_line(line: &ExtentLine) -> String {
     let start = format!("{access} {sectors} {}", line.kind.word());
     match line.kind {
         ExtentType::Zero => start,
-        ExtentType::Flat => format!("{start} \"{}\" {}", line.name, line.offset / SECTOR),
+        // VMware writes no offset behind the name of a file on VMFS.
+        ExtentType::Vmfs if line.offset == 0 => format!("{start} \"{}\"", line.name),
+        ExtentType::Flat | ExtentType::Vmfs => {
+            format!("{start} \"{}\" {}", line.name, line.offset / SECTOR)
+        }
         _ => format!("{start} \"{}\"", line.name),
     }
 }

@@ -100,6 +100,11 @@ pub(crate) fn store_text(storage: &dyn Storage, embedded: Option<Span>, text: &[
         storage.write_at(text, 0)?;
         return if len < storage.size() { storage.set_len(len) } else { Ok(()) };
     };
+    storage.write_at(&padded(span, text)?, span.start)
+}
+
+/// The bytes of the place `span` with the descriptor `text` in it.
+pub(crate) fn padded(span: Span, text: &[u8]) -> Result<Vec<u8>> {
     let text = text.trim_ascii_end();
     let end = text.iter().rposition(|byte| *byte != 0).map_or(0, |last| last.saturating_add(1));
     let text = text.get(..end).unwrap_or_default();
@@ -119,5 +124,5 @@ pub(crate) fn store_text(storage: &dyn Storage, embedded: Option<Span>, text: &[
     if let Some(end) = bytes.get_mut(text.len()) {
         *end = b'\n';
     }
-    storage.write_at(&bytes, span.start)
+    Ok(bytes)
 }

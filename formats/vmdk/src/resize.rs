@@ -7,14 +7,19 @@ use crate::descriptor::with_extents;
 use crate::directory;
 use crate::extents::ExtentFiles;
 use crate::header;
-use crate::identity::store_text;
+use crate::identity::{padded, store_text};
 use crate::layout::{Layout, Place};
-use crate::line::{Access, ExtentLine, ExtentType};
+use crate::line::{Access, ExtentLine, ExtentType, check_apart};
 use crate::open::{File, embedded, file_kind, not_a_disk, read_head, read_text};
 use crate::options::{SPLIT, Subformat, extent_name};
+use crate::sparse::SparseExtent;
 use crate::writer::metadata;
 use crate::{Descriptor, MAX_EXTENTS, SECTOR};
-use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing};
+use std::sync::Arc;
+use tranship_block::{BlockDevice, Error, Result, Span, Storage, Zeroing, is_zero};
+
+/// Bytes that are read at a time.
+const PIECE: u64 = 1 << 20;
 
 /// How a disk is resized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,8 +61,12 @@ pub fn resize(
                 let descriptor = embedded(storage, &layout)?;
                 check_alone(descriptor.as_ref())?;
                 check_sparse(options)?;
+                let text = rewritten_embedded(storage, &layout, size)?;
                 grow_sparse(storage, &layout, size)?;
-                rewrite_embedded(storage, &layout, size)?;
+                if let Some(text) = text {
+                    store_text(storage, layout.descriptor, &text)?;
+                    storage.flush()?;
+                }
             }
             Ok(())
         }
@@ -120,7 +129,10 @@ fn grow_sparse(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> 
     }
     let mut bytes = [0; header::HEADER_LEN];
     storage.read_at(&mut bytes, 0)?;
-    let directory = layout.directory.unwrap_or(0);
+    let directory = layout
+        .directory
+        .filter(|at| *at != 0)
+        .ok_or_else(|| Error::corrupt("gdOffset is 0, expected the grain directory"))?;
     let primary = directory::read_at(&storage, layout, directory, "grain directory", false)?;
     let redundant = layout
         .redundant
@@ -200,13 +212,19 @@ fn clear_end(
         let last = used.checked_sub(1).and_then(|last| entries.get(last)).copied().unwrap_or(0);
         if let (true, Place::Stored(grain)) = (is_cut, layout.place(u64::from(last))?) {
             let start = grain.saturating_add(layout.capacity % layout.grain);
-            let end = grain.saturating_add(layout.grain.get()).min(storage.size());
+            let end = grain.saturating_add(layout.grain.get());
             let tail = Span::new(start, end.saturating_sub(start));
-            if tail.is_empty() {
-                continue;
-            }
             if areas.iter().any(|area| area.start < tail.end() && tail.start < area.end()) {
                 return Err(Error::corrupt("the last grain lies in the metadata").at(grain));
+            }
+            // The file may end where the disk does, but all of the grain belongs to it now.
+            if start > storage.size() {
+                return Err(
+                    Error::corrupt("the last grain ends past the end of the file").at(grain)
+                );
+            }
+            if end > storage.size() {
+                storage.set_len(end)?;
             }
             storage.write_zeroes(tail, Zeroing::MayUnmap)?;
         }
@@ -214,16 +232,39 @@ fn clear_end(
     Ok(())
 }
 
-/// Makes the embedded descriptor say `size`.
-fn rewrite_embedded(storage: &dyn Storage, layout: &Layout, size: u64) -> Result<()> {
-    let Some(span) = layout.descriptor else { return Ok(()) };
+/// The embedded descriptor, if it lists an extent, with `size` as the size of it.
+fn rewritten_embedded(
+    storage: &dyn Storage,
+    layout: &Layout,
+    size: u64,
+) -> Result<Option<Vec<u8>>> {
+    let Some(span) = layout.descriptor else { return Ok(None) };
     let mut text = vec![0; usize::try_from(span.len).unwrap_or(0)];
     storage.read_at(&mut text, span.start)?;
     let mut extents = Descriptor::parse(&text)?.extents;
-    let [line] = extents.as_mut_slice() else { return Ok(()) };
+    let [line] = extents.as_mut_slice() else { return Ok(None) };
     line.len = size;
-    store_text(storage, Some(span), &with_extents(&text, &[extent_line(line)]))?;
-    storage.flush()
+    let text = with_extents(&text, &[extent_line(line)]);
+    // The name means nothing here, and may be in any encoding.
+    match Descriptor::parse(&text)?.extents.as_slice() {
+        [line] if line.len == size => {}
+        _ => return Err(Error::unsupported("the line of the extent cannot be replaced")),
+    }
+    padded(span, &text)?;
+    Ok(Some(text))
+}
+
+/// The descriptor `text` with the lines of `extents` instead of its own.
+fn rewritten(text: &[u8], extents: &[ExtentLine]) -> Result<Vec<u8>> {
+    let lines: Vec<String> = extents.iter().map(extent_line).collect();
+    let new = with_extents(text, &lines);
+    if Descriptor::parse(&new).is_ok_and(|new| new.extents == extents) {
+        return Ok(new);
+    }
+    Err(Error::unsupported(
+        "the lines of the extents cannot be replaced: save the descriptor as UTF-8 with \
+         encoding=\"UTF-8\" first",
+    ))
 }
 
 /// Grows the last extent of a disk with a descriptor of its own by `more` bytes, or adds
@@ -237,13 +278,6 @@ fn grow_described(
 ) -> Result<()> {
     let mut text = vec![0; usize::try_from(storage.size()).unwrap_or(0)];
     storage.read_at(&mut text, 0)?;
-    let is_there = |name: &[u8]| name.is_empty() || text.windows(name.len()).any(|at| at == name);
-    if !descriptor.extents.iter().all(|line| is_there(line.name.as_bytes())) {
-        return Err(Error::unsupported(
-            "the names of extents are not in UTF-8: save the descriptor as UTF-8 \
-             with encoding=\"UTF-8\" first",
-        ));
-    }
     let mut extents = descriptor.extents.clone();
     let split: Option<Subformat> = descriptor.create_type.parse().ok().filter(|kind| {
         matches!(kind, Subformat::TwoGbMaxExtentFlat | Subformat::TwoGbMaxExtentSparse)
@@ -262,6 +296,8 @@ fn grow_described(
     let room = if split.is_some() { SPLIT.saturating_sub(last.len) } else { u64::MAX };
     let grown = ExtentLine { len: last.len.saturating_add(more.min(room)), ..last.clone() };
     extents.push(grown.clone());
+    // Everything that can be refused is refused before anything is written.
+    rewritten(&text, &extents)?;
     // QEMU takes the size of a sparse extent from its own header: the last one grows when
     // nothing else can go wrong.
     if let Some(subformat) = split {
@@ -270,8 +306,7 @@ fn grow_described(
     if grown.len > last.len {
         grow_extent(files, &last, grown.len, options).map_err(|error| error.in_file(&last.name))?;
     }
-    let lines: Vec<String> = extents.iter().map(extent_line).collect();
-    store_text(storage, None, &with_extents(&text, &lines))?;
+    store_text(storage, None, &rewritten(&text, &extents)?)?;
     storage.flush()
 }
 
@@ -292,6 +327,11 @@ fn add_extents(
         }
         let len = left.min(SPLIT);
         let name = extent_name(&stem, subformat, number);
+        if extents.iter().any(|line| line.name == name) {
+            return Err(Error::unsupported(format!(
+                "the next extent would be called {name:?}, which the descriptor lists already"
+            )));
+        }
         let line = ExtentLine { len, name, offset: 0, ..template.clone() };
         create_extent(files, &line, false, options.preallocate)
             .map_err(|error| error.in_file(&line.name))?;
@@ -315,15 +355,52 @@ fn stem_of(name: &str, subformat: Subformat, count: usize) -> Result<String> {
 
 /// Refuses a last extent behind which another one lies in the same file.
 fn check_room(descriptor: &Descriptor) -> Result<()> {
+    check_apart(&descriptor.extents)?;
     let Some((last, others)) = descriptor.extents.split_last() else { return Ok(()) };
-    let is_behind = |line: &ExtentLine| {
-        line.name == last.name && line.kind == last.kind && line.offset > last.offset
-    };
+    let is_behind = |line: &ExtentLine| line.name == last.name && line.offset > last.offset;
     if last.kind != ExtentType::Zero && others.iter().any(is_behind) {
         return Err(Error::unsupported(format!(
             "another extent lies behind the last one in the file {:?}",
             last.name
         )));
+    }
+    Ok(())
+}
+
+/// Refuses a sparse extent in which something is stored from byte `start`, where it ends by
+/// its descriptor, up to `end`: it would come to light. Where an earlier attempt was
+/// interrupted there is nothing.
+fn check_hidden(file: Arc<dyn Storage>, layout: &Layout, start: u64, end: u64) -> Result<()> {
+    let end = end.min(layout.capacity);
+    if start >= end {
+        return Ok(());
+    }
+    let hidden = || {
+        Error::unsupported(
+            "the last extent stores bytes behind the end that the descriptor gives it: convert \
+             the disk to another one to resize it",
+        )
+    };
+    let device: Arc<dyn BlockDevice> = file;
+    let (extent, _) = SparseExtent::open(Arc::clone(&device), layout.clone(), false)?;
+    let mut at = start;
+    while at < end {
+        let (place, len) = extent.extent(at, end.saturating_sub(at))?;
+        let mut len = len.min(end.saturating_sub(at));
+        if let Place::Stored(stored) = place {
+            // The first grain may hold bytes of the disk in front of these.
+            let within = at % layout.grain;
+            if within == 0 || layout.compressed {
+                return Err(hidden());
+            }
+            len = len.min(layout.grain.get().saturating_sub(within)).min(PIECE);
+            let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+            device.read_at(&mut bytes, stored)?;
+            if !is_zero(&bytes) {
+                return Err(hidden());
+            }
+        }
+        at = at.saturating_add(len);
     }
     Ok(())
 }
@@ -344,6 +421,7 @@ fn grow_extent(
                 _ => return Err(Error::unsupported("the last extent is no hosted sparse one")),
             }
             let layout = header::read(&file)?;
+            check_hidden(Arc::clone(&file), &layout, line.len, len)?;
             if layout.capacity >= len { Ok(()) } else { grow_sparse(&*file, &layout, len) }
         }
         ExtentType::Flat | ExtentType::Vmfs => {

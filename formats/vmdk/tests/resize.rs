@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tranship_block::{BlockDevice, ErrorKind, MemoryDevice, Repair, Storage};
 use tranship_format_testing::{has_tool, pattern, qemu_img, qemu_img_status, verify};
 use tranship_raw::RawFile;
-use tranship_vmdk::{CreateOptions, ResizeOptions, Subformat, check};
+use tranship_vmdk::{CreateOptions, NoFiles, OpenOptions, ResizeOptions, Subformat, Vmdk, check};
 
 #[test]
 fn disks_grow() {
@@ -113,7 +113,18 @@ fn disks_that_cannot_grow_are_left_alone() {
         (format!("{head}RW 8 FLAT \"a\" 8\nRW 8 FLAT \"a\" 0\n"), false, "lies behind"),
         (format!("{head}RW 8 SPARSE \"a\"\n"), true, "reserved in flat extents"),
         (format!("{split}RW 8 FLAT \"a\" 0\n"), false, "cannot be guessed"),
+        (format!("{head}RW 8 VMFS \"a\" 8\nRW 8 FLAT \"a\" 0\n"), false, "lies behind"),
+        (
+            format!("{split}RW 8 FLAT \"x-f003.vmdk\" 0\nRW 8 FLAT \"x-f002.vmdk\" 0\n"),
+            false,
+            "lists already",
+        ),
         (format!("{head}RW 8 VMFSSPARSE \"a\"\n"), false, "type VMFSSPARSE"),
+        (
+            format!("{head}encoding=\"windows-1252\"\nRW 8 FLAT \"\u{e9}\" 0\n"),
+            false,
+            "save the descriptor as UTF-8",
+        ),
     ] {
         let files = Memory::default();
         let bytes = vec![1; 16 * 512];
@@ -131,4 +142,79 @@ fn disks_that_cannot_grow_are_left_alone() {
             assert_eq!(file.size(), 16 * 512, "{text}");
         }
     }
+}
+
+#[test]
+fn a_last_grain_that_the_file_cuts_off_becomes_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    for large in [128 << 10, 40 << 20] {
+        let name = format!("{large}.vmdk");
+        let create = CreateOptions::new(100 << 10, Subformat::MonolithicSparse, &name);
+        let path = folder::create(folder.path(), &create).unwrap();
+        let disk = folder::open_writable(&path).unwrap();
+        disk.write_at(&[7; 1024], 99 << 10).unwrap();
+        disk.flush().unwrap();
+        drop(disk);
+        let storage = RawFile::open(&path, tranship_raw::Access::ReadWrite).unwrap();
+        // 36 KiB of the last grain belong to the disk.
+        storage.set_len(storage.size() - (28 << 10)).unwrap();
+        let files = folder::beside(&path);
+        tranship_vmdk::resize(&storage, &files, large, ResizeOptions::default()).unwrap();
+        let report = check(&storage, &files, Repair::Nothing).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        let mut expected = vec![0; usize::try_from(large).unwrap()];
+        expected[99 << 10..100 << 10].fill(7);
+        verify(&folder::open(&path).unwrap(), &expected);
+    }
+}
+
+#[test]
+fn what_a_sparse_extent_hides_does_not_come_to_light() {
+    const LISTED: u64 = (4 << 20) + 512;
+    let text = format!("# Disk DescriptorFile\nversion=1\nRW {} SPARSE \"a\"\n", LISTED / 512);
+    for (at, is_hidden) in [
+        (0, false),
+        (LISTED - 512, false),
+        (LISTED, true),
+        (LISTED + 65536, true),
+        (7 << 20, false),
+    ] {
+        let extent = Arc::new(MemoryDevice::new(Vec::new()));
+        let create = CreateOptions::new(8 << 20, Subformat::MonolithicSparse, "a");
+        tranship_vmdk::create(&*extent, &NoFiles, &create).unwrap();
+        let open = || Vmdk::open_writable(extent.clone(), &NoFiles, OpenOptions::default());
+        open().unwrap().write_at(&[9; 512], at).unwrap();
+        let before = extent.snapshot();
+        let files = Memory::default();
+        files.put("a", extent.clone());
+        let storage = Arc::new(MemoryDevice::new(text.clone().into_bytes()));
+        let result = tranship_vmdk::resize(&*storage, &files, 6 << 20, ResizeOptions::default());
+        if is_hidden {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported, "{at:#x}: {error}");
+            assert!(error.to_string().contains("behind the end"), "{at:#x}: {error}");
+            assert!(storage.snapshot() == text.as_bytes() && extent.snapshot() == before);
+            continue;
+        }
+        result.unwrap();
+        let disk = Vmdk::open(storage, &files, OpenOptions::default()).unwrap();
+        let mut expected = vec![0; 6 << 20];
+        if at < LISTED {
+            let at = usize::try_from(at).unwrap();
+            expected[at..at + 512].fill(9);
+        }
+        verify(&disk, &expected);
+    }
+}
+
+#[test]
+fn a_file_on_vmfs_keeps_its_offset() {
+    let files = Memory::default();
+    let file = Arc::new(MemoryDevice::new(vec![1; 16 * 512]));
+    files.put("a", file.clone());
+    let head = "# Disk DescriptorFile\nversion=1\n";
+    let storage = MemoryDevice::new(format!("{head}RW 8 VMFS \"a\" 8\n").into_bytes());
+    tranship_vmdk::resize(&storage, &files, 12 * 512, ResizeOptions::default()).unwrap();
+    assert_eq!(storage.snapshot(), format!("{head}RW 12 VMFS \"a\" 8\n").as_bytes());
+    assert!(file.snapshot() == [vec![1; 16 * 512], vec![0; 4 * 512]].concat());
 }
