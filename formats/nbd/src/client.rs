@@ -2,25 +2,35 @@
 //! An export of somebody else's server as a device like any other.
 
 mod connection;
+mod device;
 mod extents;
+mod facts;
 mod handshake;
+mod line;
+mod list;
+mod option;
 mod reply;
 mod stream;
+mod unflushed;
 
-use crate::wire::{allocation, command, command_flag, export_flag};
+use crate::tls::ClientTls;
+use crate::wire::command;
 use connection::{Connection, Request};
 use extents::Known;
-use handshake::Agreed;
+pub use facts::Facts;
+use line::{Line, Wanted};
+pub use list::{ListedExport, Listing, describe_export, list_exports};
+use reply::Runs;
 pub use stream::Address;
-use stream::Stream;
+use stream::Socket;
+use unflushed::Unflushed;
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tranship_block::{
-    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, Span, Storage, Zeroing,
-};
+use tranship_block::{Error, Result, Span};
 
 /// Longest request without payload: 32 bits of length, less what keeps it aligned.
 const LONGEST: u64 = (1 << 32) - (64 << 10);
@@ -39,6 +49,17 @@ pub struct ClientOptions {
     pub connections: usize,
     /// How long connecting may take, and how long a reply may be waited for.
     pub timeout: Duration,
+    /// Encrypt, and refuse a server that does not.
+    pub tls: Option<ClientTls>,
+    /// What is done when a connection breaks.
+    pub retry: Retry,
+    /// Metadata contexts to ask for, besides `base:allocation`.
+    pub contexts: Vec<String>,
+    /// Ask for 64-bit lengths.
+    pub extended: bool,
+    /// Ask for replies in chunks. Without them there is neither an extent nor anything of
+    /// 64 bits.
+    pub structured: bool,
 }
 
 impl Default for ClientOptions {
@@ -48,26 +69,47 @@ impl Default for ClientOptions {
             read_only: false,
             connections: 4,
             timeout: Duration::from_mins(1),
+            tls: None,
+            retry: Retry::default(),
+            contexts: Vec::new(),
+            extended: true,
+            structured: true,
         }
     }
+}
+
+/// What is done when a connection breaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Retry {
+    /// How long a request may take from the moment at which it lost its connection. Until
+    /// then the client connects again and repeats what was in flight; 0 means never.
+    ///
+    /// All requests can be repeated, as long as nobody else writes to the same place. What
+    /// the server had acknowledged and not flushed may be lost if it is not the same
+    /// process any more (which is known for Unix sockets alone): the next flush fails then.
+    pub budget: Duration,
 }
 
 /// A disk that an NBD server exports.
 ///
 /// Any number of threads may use it: their requests are in flight at the same time, on
-/// one connection or several. A connection that breaks fails all that is in flight on it
-/// and everything after it with [`ErrorKind::Busy`].
+/// one connection or several. If a connection breaks and does not come back within
+/// [`Retry::budget`], all that is in flight on it and everything after it fails with
+/// [`tranship_block::ErrorKind::Busy`].
 #[derive(Debug)]
 pub struct Remote {
-    agreed: Agreed,
+    facts: Facts,
     read_only: bool,
-    connections: Vec<Connection>,
-    /// Connection of the next request.
+    lines: Vec<Line>,
+    /// Line of the next request.
     turn: AtomicUsize,
     /// What is known about zeroes, until something is written.
     known: Mutex<Known>,
     /// Held while an unaligned write reads what is around it.
     unaligned: Mutex<()>,
+    /// Held while a flush is under way.
+    flushing: Mutex<()>,
+    unflushed: Mutex<Unflushed>,
 }
 
 impl Remote {
@@ -75,87 +117,174 @@ impl Remote {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] if there is nobody or the connection broke,
-    /// [`ErrorKind::NotFound`] if the server has no such export,
-    /// [`ErrorKind::Denied`] if it wants TLS, [`ErrorKind::Corrupt`] if it breaks the
-    /// protocol.
+    /// [`tranship_block::ErrorKind::Busy`] if there is nobody or the connection broke,
+    /// [`tranship_block::ErrorKind::NotFound`] if the server has no such export,
+    /// [`tranship_block::ErrorKind::Denied`] if the two do not agree about TLS,
+    /// [`tranship_block::ErrorKind::Corrupt`] if it breaks the protocol.
     pub fn connect(address: &Address, options: &ClientOptions) -> Result<Self> {
-        let (agreed, first) = Connection::open(address, options)?;
+        let first = Connection::open(address, options)?;
+        let facts = first.agreed.facts.clone();
         let mut connections = vec![first];
-        if agreed.has(export_flag::CAN_MULTI_CONN) {
+        if facts.can_multi_conn() {
             for _ in 1..options.connections {
                 // One is enough to work with: a server may have a limit.
                 match Connection::open(address, options) {
-                    Ok((again, connection)) if again.size == agreed.size => {
-                        connections.push(connection);
+                    Ok(again) if line::is_same(&again.agreed.facts, &facts) => {
+                        connections.push(again);
                     }
                     _ => break,
                 }
             }
         }
-        tracing::debug!(size = agreed.size, connections = connections.len(), "connected to NBD");
-        Ok(Self::new(agreed, connections, options))
+        tracing::debug!(size = facts.size, connections = connections.len(), "connected to NBD");
+        let line = |connection| Line::new(connection, Some(address.clone()), options);
+        Ok(Self::new(facts, connections.into_iter().map(line).collect(), options))
     }
 
-    /// Uses the server at the other end of `stream`, on this one connection.
+    /// Uses the server at the other end of `stream`, on this one connection, which is not
+    /// made again if it breaks.
     ///
     /// # Errors
     ///
     /// As [`Self::connect`].
     pub fn from_stream(stream: UnixStream, options: &ClientOptions) -> Result<Self> {
-        let stream = Stream::over(stream, options.timeout)?;
-        let (agreed, connection) = Connection::over(stream, options)?;
-        Ok(Self::new(agreed, vec![connection], options))
+        let socket = Socket::over(OwnedFd::from(stream), options.timeout)?;
+        let connection = Connection::over(socket, "localhost", options)?;
+        let facts = connection.agreed.facts.clone();
+        Ok(Self::new(facts, vec![Line::new(connection, None, options)], options))
     }
 
-    fn new(agreed: Agreed, connections: Vec<Connection>, options: &ClientOptions) -> Self {
+    fn new(facts: Facts, lines: Vec<Line>, options: &ClientOptions) -> Self {
         Self {
-            read_only: options.read_only || agreed.has(export_flag::READ_ONLY),
-            agreed,
-            connections,
+            read_only: options.read_only || facts.is_read_only(),
+            facts,
+            lines,
             turn: AtomicUsize::new(0),
             known: Mutex::default(),
             unaligned: Mutex::new(()),
+            flushing: Mutex::new(()),
+            unflushed: Mutex::default(),
         }
+    }
+
+    /// What the server says about the export, and what was agreed upon.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
     }
 
     /// What the server says about the export.
     pub fn description(&self) -> Option<&str> {
-        self.agreed.description.as_deref()
+        self.facts.description.as_deref()
     }
 
     /// Connections in use.
     pub fn connections(&self) -> usize {
-        self.connections.len()
+        self.lines.len()
+    }
+
+    /// Lengths and flags of the extents from `offset` on, as the metadata context `context`
+    /// sees them. They cover `len` bytes or less, but never nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Usage`] for a range past the end and for a context that
+    /// was not agreed upon ([`ClientOptions::contexts`]), and what the server answers.
+    pub fn status(&self, context: &str, offset: u64, len: u64) -> Result<Vec<(u64, u64)>> {
+        let span = Span::new(offset, len);
+        span.check_within(self.facts.size)?;
+        if len == 0 {
+            return Err(Error::usage("block status of no bytes").at(offset));
+        }
+        let unit = u64::from(self.facts.min_block).max(1);
+        let start = offset.saturating_sub(offset.checked_rem(unit).unwrap_or(0));
+        let end = span.end().checked_next_multiple_of(unit).unwrap_or(u64::MAX);
+        let most = if self.facts.extended { u64::MAX } else { LONGEST };
+        let end = if end > self.facts.size {
+            self.facts.size.saturating_sub(self.facts.size.checked_rem(unit).unwrap_or(0))
+        } else {
+            end
+        };
+        let asked = Span::new(start, end.saturating_sub(start).min(most));
+        if asked.end() <= offset {
+            return Err(Error::unsupported(
+                "the server has no block status for the end of its disk, which is no whole block",
+            )
+            .at(offset));
+        }
+        let request = request(command::BLOCK_STATUS, 0, asked);
+        let runs = self.call(request, &[], Wanted::Status(context), &mut [])?;
+        let mut skip = offset.saturating_sub(start);
+        let mut left = len;
+        let mut clipped: Vec<(u64, u64)> = Vec::new();
+        for (len, flags) in runs {
+            let part = len.saturating_sub(skip).min(left);
+            skip = skip.saturating_sub(len);
+            left = left.saturating_sub(part);
+            match clipped.last_mut() {
+                _ if part == 0 => {}
+                Some((before, same)) if *same == flags => *before = before.saturating_add(part),
+                _ => clipped.push((part, flags)),
+            }
+        }
+        if clipped.is_empty() {
+            return Err(Error::corrupt(
+                "the server's block status has nothing about the start of its range",
+            )
+            .at(offset));
+        }
+        Ok(clipped)
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn connection(&self) -> Result<&Connection> {
+    fn unflushed(&self) -> MutexGuard<'_, Unflushed> {
+        self.unflushed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn call(
+        &self,
+        request: Request,
+        payload: &[u8],
+        wanted: Wanted<'_>,
+        buf: &mut [u8],
+    ) -> Result<Runs> {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let number = turn.checked_rem(self.connections.len()).unwrap_or(0);
-        self.connections.get(number).ok_or_else(|| Error::usage("client has no connection"))
+        let number = turn.checked_rem(self.lines.len()).unwrap_or(0);
+        let line = self.lines.get(number).ok_or_else(|| Error::usage("client has no line"))?;
+        let lost = || self.unflushed().server_changed();
+        line.call(request, payload, wanted, buf, &lost).map_err(|error| error.at(request.offset))
+    }
+
+    /// Sends a request whose answer is only whether it worked.
+    fn send(&self, request: Request, payload: &[u8]) -> Result<()> {
+        self.call(request, payload, Wanted::Done, &mut []).map(drop)
     }
 
     fn payload(&self) -> u64 {
-        let unit = u64::from(self.agreed.min_block);
-        let most = u64::from(self.agreed.max_payload).min(LONGEST_PAYLOAD);
+        let unit = u64::from(self.facts.min_block);
+        let most = u64::from(self.facts.max_payload).min(LONGEST_PAYLOAD);
         most.saturating_sub(most.checked_rem(unit).unwrap_or(0)).max(unit)
+    }
+
+    /// Longest request without payload.
+    fn longest(&self) -> u64 {
+        // A server may need minutes for what is longer, and nothing else tells that it works.
+        if self.facts.extended { 64 << 30 } else { LONGEST }
     }
 
     /// The smallest range of whole blocks of the server that has `span` in it.
     fn aligned(&self, span: Span) -> Result<Span> {
-        let unit = u64::from(self.agreed.min_block).max(1);
+        let unit = u64::from(self.facts.min_block).max(1);
         let start = span.start.saturating_sub(span.start.checked_rem(unit).unwrap_or(0));
         let end = span.end().checked_next_multiple_of(unit).unwrap_or(u64::MAX);
-        if end > self.agreed.size {
+        if end > self.facts.size {
             // "The odd tail of an export is unreachable": the server says so by its sizes.
             return Err(Error::unsupported(format!(
                 "the server takes requests of {unit} bytes at least, and its disk of {} bytes \
                  ends within one",
-                self.agreed.size
+                self.facts.size
             ))
             .at(span.start));
         }
@@ -167,7 +296,7 @@ impl Remote {
         for piece in pieces(Span::new(offset, length(rest)), self.payload()) {
             let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
-            self.connection()?.read(request(command::READ, 0, piece), now)?;
+            self.call(request(command::READ, 0, piece), &[], Wanted::Bytes, now)?;
             rest = later;
         }
         Ok(())
@@ -178,7 +307,8 @@ impl Remote {
         for piece in pieces(Span::new(offset, length(rest)), self.payload()) {
             let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at(len);
-            self.connection()?.send(request(command::WRITE, 0, piece), now)?;
+            self.send(request(command::WRITE, 0, piece), now)?;
+            self.unflushed().wrote(piece);
             rest = later;
         }
         Ok(())
@@ -189,152 +319,14 @@ impl Remote {
         if self.read_only {
             return Err(Error::usage("device is read-only").at(span.start));
         }
-        span.check_within(self.agreed.size)?;
+        span.check_within(self.facts.size)?;
         self.known().clear();
         Ok(())
     }
 }
 
-impl BlockDevice for Remote {
-    fn size(&self) -> u64 {
-        self.agreed.size
-    }
-
-    fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    fn preferred_block(&self) -> u32 {
-        self.agreed.preferred_block.max(4096)
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let span = Span::new(offset, length(buf));
-        span.check_within(self.agreed.size)?;
-        let whole = self.aligned(span)?;
-        if whole == span {
-            return self.read_aligned(buf, offset);
-        }
-        let mut bounce = vec![0; size_of_span(whole)?];
-        self.read_aligned(&mut bounce, whole.start)?;
-        let skip = usize::try_from(span.start.saturating_sub(whole.start)).unwrap_or(usize::MAX);
-        let end = skip.saturating_add(buf.len());
-        let wanted = bounce.get(skip..end).ok_or_else(|| Error::usage("read past its blocks"))?;
-        buf.copy_from_slice(wanted);
-        Ok(())
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
-        let span = Span::new(offset, length(buf));
-        self.start_writing(span)?;
-        let whole = self.aligned(span)?;
-        if whole == span {
-            return self.write_aligned(buf, offset);
-        }
-        let _alone = self.unaligned.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bounce = vec![0; size_of_span(whole)?];
-        self.read_aligned(&mut bounce, whole.start)?;
-        let skip = usize::try_from(span.start.saturating_sub(whole.start)).unwrap_or(usize::MAX);
-        let end = skip.saturating_add(buf.len());
-        bounce
-            .get_mut(skip..end)
-            .ok_or_else(|| Error::usage("write past its blocks"))?
-            .copy_from_slice(buf);
-        self.write_aligned(&bounce, whole.start)
-    }
-
-    fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
-        self.start_writing(span)?;
-        let is_aligned = self.aligned(span).is_ok_and(|whole| whole == span);
-        if !self.agreed.has(export_flag::SEND_WRITE_ZEROES) || !is_aligned {
-            let zeroes = vec![0; usize::try_from(span.len.min(1 << 20)).unwrap_or(0)];
-            for piece in pieces(span, 1 << 20) {
-                let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
-                self.write_at(zeroes.get(..len).unwrap_or(&zeroes), piece.start)?;
-            }
-            return Ok(());
-        }
-        let flags = match mode {
-            Zeroing::MayUnmap => 0,
-            Zeroing::KeepAllocated => command_flag::NO_HOLE,
-        };
-        for piece in pieces(span, LONGEST) {
-            self.connection()?.send(request(command::WRITE_ZEROES, flags, piece), &[])?;
-        }
-        Ok(())
-    }
-
-    fn discard(&self, span: Span) -> Result<()> {
-        self.start_writing(span)?;
-        let is_aligned = self.aligned(span).is_ok_and(|whole| whole == span);
-        if !self.agreed.has(export_flag::SEND_TRIM) || !is_aligned {
-            return Ok(());
-        }
-        for piece in pieces(span, LONGEST) {
-            self.connection()?.send(request(command::TRIM, 0, piece), &[])?;
-        }
-        Ok(())
-    }
-
-    fn extent_at(&self, offset: u64) -> Result<Extent> {
-        Span::new(offset, 1).check_within(self.agreed.size)?;
-        let left = self.agreed.size.saturating_sub(offset);
-        if !self.agreed.allocation {
-            return Ok(Extent::new(ExtentKind::Data, left));
-        }
-        if let Some(extent) = self.known().at(offset) {
-            return Ok(extent.limited_to(left));
-        }
-        let unit = u64::from(self.agreed.min_block).max(1);
-        let start = offset.saturating_sub(offset.checked_rem(unit).unwrap_or(0));
-        let len = self.agreed.size.saturating_sub(start).min(LONGEST);
-        let span = Span::new(start, len.saturating_sub(len.checked_rem(unit).unwrap_or(0)));
-        if span.end() <= offset {
-            return Ok(Extent::new(ExtentKind::Data, left));
-        }
-        let generation = self.known().generation();
-        let runs = self.connection()?.block_status(request(command::BLOCK_STATUS, 0, span))?;
-        let mut known = Known::new(start);
-        for (len, flags) in runs {
-            let kind = match (flags & allocation::ZERO != 0, flags & allocation::HOLE != 0) {
-                (true, true) => ExtentKind::Hole,
-                (true, false) => ExtentKind::Zero,
-                (false, _) => ExtentKind::Data,
-            };
-            known.push(u64::from(len), kind);
-        }
-        let found = known.at(offset).ok_or_else(|| {
-            Error::corrupt("the server's block status has nothing about the start of its range")
-                .at(offset)
-        })?;
-        self.known().replace(known, generation);
-        Ok(found.limited_to(left))
-    }
-
-    fn flush(&self) -> Result<()> {
-        if self.read_only || !self.agreed.has(export_flag::SEND_FLUSH) {
-            return Ok(());
-        }
-        // With several connections, the server promised that one flush covers them all.
-        self.connection()?.send(request(command::FLUSH, 0, Span::new(0, 0)), &[])
-    }
-}
-
-impl Storage for Remote {
-    fn set_len(&self, len: u64) -> Result<()> {
-        if len <= self.agreed.size {
-            return Ok(());
-        }
-        let size = self.agreed.size;
-        Err(Error::new(
-            ErrorKind::NoSpace,
-            format!("NBD export has {size} bytes and cannot grow, {len} are needed"),
-        ))
-    }
-}
-
 fn request(command: u16, flags: u16, span: Span) -> Request {
-    Request { command, flags, offset: span.start, len: u32::try_from(span.len).unwrap_or(0) }
+    Request { command, flags, offset: span.start, len: span.len }
 }
 
 /// Splits `span` into requests of at most `most` bytes.

@@ -23,10 +23,17 @@ mod reply;
 mod request;
 mod server;
 mod socket;
+mod tls;
 mod transmission;
+mod uri;
 mod wire;
 
-pub use client::{Address, ClientOptions, Remote};
+pub use client::{
+    Address, ClientOptions, Facts, ListedExport, Listing, Remote, Retry, describe_export,
+    list_exports,
+};
 pub use export::{Export, Statistics};
 pub use limits::Limits;
 pub use server::{Running, Server, serve};
+pub use tls::{ClientTls, ServerTls, TlsReading, TlsWriting};
+pub use uri::{PORT, TlsKind, TlsOptions, Uri};

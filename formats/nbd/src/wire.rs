@@ -11,6 +11,8 @@ pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub(crate) const CHUNK_MAGIC: u32 = 0x668e_33ef;
+pub(crate) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+pub(crate) const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Longest string that the protocol allows, in bytes.
 pub(crate) const MAX_STRING: usize = 4096;
@@ -31,6 +33,8 @@ pub(crate) mod option {
     pub(crate) const STRUCTURED_REPLY: u32 = 8;
     pub(crate) const LIST_META_CONTEXT: u32 = 9;
     pub(crate) const SET_META_CONTEXT: u32 = 10;
+    pub(crate) const STARTTLS: u32 = 5;
+    pub(crate) const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// Replies to options; errors have the highest bit set.
@@ -44,6 +48,8 @@ pub(crate) mod option_reply {
     pub(crate) const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
     pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
+    pub(crate) const ERR_POLICY: u32 = 0x8000_0002;
+    pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
 }
 
 /// Kinds of information about an export.
@@ -64,6 +70,10 @@ pub(crate) mod export_flag {
     pub(crate) const SEND_WRITE_ZEROES: u16 = 1 << 6;
     pub(crate) const SEND_DF: u16 = 1 << 7;
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
+    pub(crate) const ROTATIONAL: u16 = 1 << 4;
+    pub(crate) const SEND_CACHE: u16 = 1 << 10;
+    pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub(crate) const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
 /// Requests.
@@ -83,6 +93,8 @@ pub(crate) mod command_flag {
     pub(crate) const NO_HOLE: u16 = 1 << 1;
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
+    /// The length is that of a payload (extended headers).
+    pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Kinds and the one flag of structured reply chunks.
@@ -96,6 +108,8 @@ pub(crate) mod chunk {
     /// Set in every kind that is an error, known or not.
     pub(crate) const ERROR_BIT: u16 = 1 << 15;
     pub(crate) const ERROR_OFFSET: u16 = 0x8002;
+    /// The only kind of block status with extended headers.
+    pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
 }
 
 /// The context `base:allocation`.

@@ -6,7 +6,7 @@ mod member;
 
 use crate::layer::{Disk, Layer, Opened};
 use crate::null::NullDevice;
-use crate::spec::{Below, Member, NbdAddress, NbdServer, SliceOf, Spec};
+use crate::spec::{Below, Member, NbdAddress, SliceOf, Spec};
 use crate::{FolderGate, Format, Secrets, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use tranship_block::{
     BlockDevice, DiskMeter, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span,
     Storage,
 };
-use tranship_nbd::{Address, ClientOptions, Remote};
+use tranship_nbd::{ClientOptions, Remote, Retry};
 use tranship_raw::{Access, ImageLock, RawFile};
 use tranship_tar::is_tar;
 
@@ -201,7 +201,8 @@ impl<'a> Walk<'a> {
             }
             crate::spec::Place::Nbd(address) => {
                 let remote = Arc::new(
-                    connect(address, read_only).map_err(|error| error.in_file(&spec.name))?,
+                    connect(address, read_only, &self.options.secrets)
+                        .map_err(|error| error.in_file(&spec.name))?,
                 );
                 (remote.clone(), Some(remote))
             }
@@ -415,16 +416,26 @@ pub(crate) fn cached(file: RawFile, direct: bool) -> Result<RawFile> {
     if direct { file.into_direct() } else { Ok(file) }
 }
 
-fn connect(address: &NbdAddress, read_only: bool) -> Result<Remote> {
-    if address.tls {
-        return Err(Error::unsupported("NBD over TLS is not there yet"));
-    }
-    let server = match &address.server {
-        NbdServer::Unix(path) => Address::Unix(path.clone()),
-        NbdServer::Tcp { host, port } => Address::Tcp { host: host.clone(), port: *port },
+fn connect(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<Remote> {
+    let uri = &address.uri;
+    let tls = match &address.credentials {
+        None => uri.client_tls()?,
+        Some(id) => {
+            let tls = secrets.tls(id)?.clone();
+            Some(match &uri.tls_options.hostname {
+                Some(hostname) => tls.for_host(hostname),
+                None => tls,
+            })
+        }
     };
-    let export = address.export.clone();
-    Remote::connect(&server, &ClientOptions { export, read_only, ..ClientOptions::default() })
+    let options = ClientOptions {
+        export: uri.export.clone(),
+        read_only,
+        tls,
+        retry: Retry { budget: address.reconnect },
+        ..ClientOptions::default()
+    };
+    Remote::connect(&uri.address, &options)
 }
 
 /// The part of a raw file that is the disk.

@@ -35,6 +35,6 @@ pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
 pub use replacing::{Replacing, WhenEmpty};
 pub use secrets::Secrets;
-pub use spec::{Below, Member, NbdAddress, NbdServer, Place, SliceOf, Spec, VpcSize};
+pub use spec::{Below, Member, NbdAddress, Place, SliceOf, Spec, VpcSize};
 pub use staged::Staged;
 pub use tranship_raw::Preallocation as RawPreallocation;

@@ -1,18 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Passphrases that the user gave, by their ids.
+//! Passphrases and credentials that the user gave, by their ids.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use tranship_block::{Error, Result};
+use tranship_nbd::ClientTls;
 
-/// Passphrases by their ids (QEMU's `--object secret,id=…`). They are never printed.
+/// Passphrases (QEMU's `--object secret,id=…`) and credentials for TLS (`--object
+/// tls-creds-x509,id=…`) by their ids. They are never printed.
 #[derive(Clone, Default)]
-pub struct Secrets(BTreeMap<String, Vec<u8>>);
+pub struct Secrets {
+    passphrases: BTreeMap<String, Vec<u8>>,
+    credentials: BTreeMap<String, ClientTls>,
+}
 
 impl Secrets {
     /// Keeps `passphrase` as `id`; an older one of this id is lost.
     pub fn insert(&mut self, id: impl Into<String>, passphrase: Vec<u8>) {
-        self.0.insert(id.into(), passphrase);
+        self.passphrases.insert(id.into(), passphrase);
+    }
+
+    /// Keeps `credentials` as `id`; older ones of this id are lost.
+    pub fn insert_tls(&mut self, id: impl Into<String>, credentials: ClientTls) {
+        self.credentials.insert(id.into(), credentials);
+    }
+
+    /// The credentials `id` for TLS.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Usage`] if there are none.
+    pub fn tls(&self, id: &str) -> Result<&ClientTls> {
+        self.credentials
+            .get(id)
+            .ok_or_else(|| Error::usage(format!("no TLS credentials with id '{id}'")))
     }
 
     /// The passphrase `id`.
@@ -21,7 +42,7 @@ impl Secrets {
     ///
     /// [`tranship_block::ErrorKind::Usage`] if there is none.
     pub fn get(&self, id: &str) -> Result<&[u8]> {
-        self.0
+        self.passphrases
             .get(id)
             .map(Vec::as_slice)
             .ok_or_else(|| Error::usage(format!("no secret with id '{id}'")))
@@ -29,8 +50,8 @@ impl Secrets {
 
     /// The only passphrase that was given, for an image whose name says no id.
     pub fn only(&self) -> Option<&[u8]> {
-        match self.0.len() {
-            1 => self.0.values().next().map(Vec::as_slice),
+        match self.passphrases.len() {
+            1 => self.passphrases.values().next().map(Vec::as_slice),
             _ => None,
         }
     }
@@ -38,6 +59,6 @@ impl Secrets {
 
 impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_set().entries(self.0.keys()).finish()
+        f.debug_set().entries(self.passphrases.keys()).entries(self.credentials.keys()).finish()
     }
 }

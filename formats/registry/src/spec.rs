@@ -10,7 +10,9 @@ mod nested;
 use crate::Format;
 use nested::Nested;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tranship_block::{Error, Result};
+use tranship_nbd::{Address, PORT, Uri};
 
 /// An image as its user names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub enum Place {
     /// A file or block device.
     File(PathBuf),
     /// An export of an NBD server.
-    Nbd(NbdAddress),
+    Nbd(Box<NbdAddress>),
     /// Nowhere: zeroes, and what is written is lost (QEMU's `null-co`).
     Null {
         /// Bytes.
@@ -47,29 +49,34 @@ pub enum Place {
     },
 }
 
-/// Where an NBD export is.
+/// Where an NBD export is, and how its server is spoken to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdAddress {
-    /// The server.
-    pub server: NbdServer,
-    /// Name of the export, often empty.
-    pub export: String,
-    /// Whether the connection must be encrypted (`nbds:`).
-    pub tls: bool,
+    /// The server, the export, and what a URI says about TLS.
+    pub uri: Uri,
+    /// Id of the credentials for TLS (QEMU's `tls-creds`).
+    pub credentials: Option<String>,
+    /// For how long a connection that broke is made again (QEMU's `reconnect-delay`).
+    pub reconnect: Duration,
 }
 
-/// How an NBD server is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NbdServer {
-    /// Through a Unix socket.
-    Unix(PathBuf),
-    /// Through TCP.
-    Tcp {
-        /// Name or address, without brackets.
-        host: String,
-        /// Port, 10809 if it is not given.
-        port: u16,
-    },
+impl NbdAddress {
+    fn new(uri: Uri) -> Self {
+        Self { uri, credentials: None, reconnect: Duration::ZERO }
+    }
+
+    /// The name that QEMU prints for it: as the URI, but without the slash in front of a
+    /// name that is empty.
+    pub fn shown(&self) -> String {
+        let uri = self.uri.to_string();
+        if !self.uri.export.is_empty() {
+            return uri;
+        }
+        match uri.split_once("/?") {
+            Some((start, query)) => format!("{start}?{query}"),
+            None => uri.strip_suffix('/').unwrap_or(&uri).to_owned(),
+        }
+    }
 }
 
 /// Which member of a tar archive is meant.
@@ -110,9 +117,6 @@ pub enum VpcSize {
     CurrentSize,
 }
 
-/// The port that NBD servers listen on.
-const NBD_PORT: u16 = 10_809;
-
 impl Spec {
     /// The image in the file or block device at `path`, whatever its name looks like.
     pub fn from_path(path: &Path) -> Self {
@@ -150,9 +154,8 @@ impl Spec {
         let place = match protocol {
             "file" => Place::File(PathBuf::from(rest)),
             "tar" => return Ok(tar_member(name, rest)),
-            "nbd" | "nbds" | "nbd+tcp" | "nbds+tcp" | "nbd+unix" | "nbds+unix" => {
-                Place::Nbd(nbd_address(protocol, rest)?)
-            }
+            _ if Uri::is_like(name) => Place::Nbd(Box::new(NbdAddress::new(Uri::parse(name)?))),
+            "nbd" => Place::Nbd(Box::new(NbdAddress::new(nbd_name(rest)?))),
             other => {
                 return Err(Error::unsupported(format!(
                     "unknown protocol '{other}' in {name:?}; a file of this name is reached as \"./{name}\""
@@ -206,7 +209,9 @@ impl Spec {
                 let place = Place::File(PathBuf::from(path));
                 Self { member: Some(member), ..Self::at(name.to_owned(), place) }
             }
-            Some("nbd") => Self::at(name.to_owned(), Place::Nbd(nbd_options(&mut options)?)),
+            Some("nbd") => {
+                Self::at(name.to_owned(), Place::Nbd(Box::new(nbd_options(&mut options)?)))
+            }
             Some("null-co" | "null-aio") => {
                 let size = number(&mut options, "size")?.unwrap_or(1 << 30);
                 options.take("read-zeroes");
@@ -308,22 +313,47 @@ fn number(options: &mut Nested, key: &str) -> Result<Option<u64>> {
 }
 
 fn nbd_options(options: &mut Nested) -> Result<NbdAddress> {
-    options.take("server.type");
+    let kind = options.take("server.type");
     let path = options.take("server.path").or_else(|| options.take("path"));
-    let server = if let Some(path) = path {
-        NbdServer::Unix(PathBuf::from(path))
-    } else {
-        let host = options.take("server.host").or_else(|| options.take("host"));
-        let host = host.ok_or_else(|| Error::usage("NBD needs 'server.path' or 'server.host'"))?;
-        let port = options.take("server.port").or_else(|| options.take("port"));
-        NbdServer::Tcp { host, port: port.as_deref().map_or(Ok(NBD_PORT), port_of)? }
+    let host = options.take("server.host").or_else(|| options.take("host"));
+    let port = options.take("server.port").or_else(|| options.take("port"));
+    let address = match (kind.as_deref(), path, host) {
+        (None | Some("unix"), Some(path), None) => Address::Unix(PathBuf::from(path)),
+        (None | Some("inet"), None, Some(host)) => {
+            Address::Tcp { host, port: port.as_deref().map_or(Ok(PORT), port_of)? }
+        }
+        (Some("vsock"), None, None) => Address::Vsock {
+            cid: vsock_number(options.take("server.cid"), 2, "server.cid")?,
+            port: vsock_number(port, u32::from(PORT), "server.port")?,
+        },
+        (None | Some("unix" | "inet" | "vsock"), _, _) => {
+            return Err(Error::usage("NBD needs either 'server.path' or 'server.host'"));
+        }
+        (Some(other), _, _) => {
+            return Err(Error::usage(format!(
+                "option 'server.type' is {other:?}, expected inet, unix or vsock"
+            )));
+        }
     };
-    let export = options.take("export").unwrap_or_default();
-    Ok(NbdAddress { server, export, tls: options.take("tls-creds").is_some() })
+    let mut uri = Uri::new(address, options.take("export").unwrap_or_default());
+    let credentials = options.take("tls-creds");
+    uri.tls = credentials.is_some();
+    uri.tls_options.hostname = options.take("tls-hostname");
+    if uri.tls_options.hostname.is_some() && !uri.tls {
+        return Err(Error::usage("NBD takes 'tls-hostname' with 'tls-creds' only"));
+    }
+    let seconds = number(options, "reconnect-delay")?.unwrap_or(0);
+    Ok(NbdAddress { uri, credentials, reconnect: Duration::from_secs(seconds) })
+}
+
+fn vsock_number(text: Option<String>, default: u32, key: &str) -> Result<u32> {
+    let Some(text) = text else { return Ok(default) };
+    text.parse().map_err(|_| Error::usage(format!("option '{key}' is {text:?}, expected a number")))
 }
 
 fn port_of(text: &str) -> Result<u16> {
-    text.parse().map_err(|_| Error::usage(format!("port is {text:?}, expected 1 to 65535")))
+    let port = text.parse().ok().filter(|port| *port > 0);
+    port.ok_or_else(|| Error::usage(format!("port is {text:?}, expected 1 to 65535")))
 }
 
 /// `tar:PATH[:member=NAME]`.
@@ -336,65 +366,24 @@ fn tar_member(name: &str, rest: &str) -> Spec {
     Spec { member: Some(member), ..Spec::at(name.to_owned(), place) }
 }
 
-/// `nbd:unix:PATH[:exportname=X]`, `nbd:HOST:PORT[:exportname=X]`, and the URIs.
-fn nbd_address(protocol: &str, rest: &str) -> Result<NbdAddress> {
-    let bad = |why: &str| Error::usage(format!("NBD address \"{protocol}:{rest}\" {why}"));
-    let tls = protocol.starts_with("nbds");
-    let Some(uri) = rest.strip_prefix("//") else {
-        let (place, export) = match rest.split_once(":exportname=") {
-            Some((place, export)) => (place, export),
-            None => (rest, ""),
-        };
-        let server = match place.strip_prefix("unix:") {
-            Some("") => return Err(bad("has no path")),
-            Some(path) => NbdServer::Unix(PathBuf::from(path)),
-            None => {
-                let (host, port) = place.rsplit_once(':').ok_or_else(|| bad("has no port"))?;
-                NbdServer::Tcp { host: bare(host).to_owned(), port: port_of(port)? }
+/// QEMU's older names, after `nbd:`: `unix:PATH[:exportname=X]`, `HOST:PORT[:exportname=X]`.
+fn nbd_name(rest: &str) -> Result<Uri> {
+    let bad = |why: &str| Error::usage(format!("NBD address \"nbd:{rest}\" {why}"));
+    let (place, export) = rest.split_once(":exportname=").unwrap_or((rest, ""));
+    let address = match place.strip_prefix("unix:") {
+        Some("") => return Err(bad("has no path")),
+        Some(path) => Address::Unix(PathBuf::from(path)),
+        None => {
+            let (host, port) = place.rsplit_once(':').ok_or_else(|| bad("has no port"))?;
+            let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+            let host = bare.unwrap_or(host);
+            if host.is_empty() {
+                return Err(bad("has no host"));
             }
-        };
-        return Ok(NbdAddress { server, export: export.to_owned(), tls });
-    };
-    let (uri, query) = uri.split_once('?').unwrap_or((uri, ""));
-    let (authority, export) = uri.split_once('/').unwrap_or((uri, ""));
-    let export = decoded(export).ok_or_else(|| bad("has a broken % sequence"))?;
-    let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
-    let server = if protocol.ends_with("+unix") {
-        let path = socket.ok_or_else(|| bad("has no socket=PATH"))?;
-        let path = decoded(path).ok_or_else(|| bad("has a broken % sequence"))?;
-        NbdServer::Unix(PathBuf::from(path))
-    } else {
-        let (host, port) = match authority.rsplit_once(':') {
-            // The last colon of a bare IPv6 address is not followed by a port.
-            Some((host, port)) if !port.ends_with(']') => (host, port_of(port)?),
-            _ => (authority, NBD_PORT),
-        };
-        if host.is_empty() {
-            return Err(bad("has no host"));
+            Address::Tcp { host: host.to_owned(), port: port_of(port)? }
         }
-        NbdServer::Tcp { host: bare(host).to_owned(), port }
     };
-    Ok(NbdAddress { server, export, tls })
-}
-
-/// An IPv6 address without its brackets.
-fn bare(host: &str) -> &str {
-    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
-}
-
-/// `%2F` becomes `/`; `None` for what is no UTF-8 or no hexadecimal number.
-fn decoded(text: &str) -> Option<String> {
-    let mut bytes = Vec::new();
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(if byte == b'%' {
-            let digits = [rest.next()?, rest.next()?];
-            u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
-        } else {
-            byte
-        });
-    }
-    String::from_utf8(bytes).ok()
+    Ok(Uri::new(address, export))
 }
 
 #[cfg(test)]

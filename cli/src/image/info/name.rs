@@ -2,7 +2,7 @@
 //! The one name that stands for what a user said about an image.
 
 use crate::image::json::{Json, Object};
-use tranship_formats::{Format, NbdServer, Place, Spec};
+use tranship_formats::{Format, Place, Spec};
 
 /// The name of an image: a path or an address if they say all, or else `json:{…}`.
 pub(super) fn shown(spec: &Spec, format: Format) -> String {
@@ -45,20 +45,7 @@ fn plain(place: &Place) -> String {
     match place {
         Place::File(path) => path.display().to_string(),
         Place::Null { .. } => "null-co://".to_owned(),
-        Place::Nbd(address) => {
-            let export = &address.export;
-            match &address.server {
-                NbdServer::Unix(path) => {
-                    let slash = if export.is_empty() { "" } else { "/" };
-                    format!("nbd+unix://{slash}{export}?socket={}", path.display())
-                }
-                NbdServer::Tcp { host, port } => {
-                    let slash = if export.is_empty() { "" } else { "/" };
-                    let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-                    format!("nbd://{host}:{port}{slash}{export}")
-                }
-            }
-        }
+        Place::Nbd(address) => address.shown(),
     }
 }
 

@@ -2,295 +2,248 @@
 //! The handshake from the client's side: fixed newstyle, GO, and the older way in.
 
 use super::ClientOptions;
+use super::facts::{Facts, Pieces};
+use super::option::{self, answer, ask, receive, send, string};
+use super::stream::{Duplex, Reading, Socket, Writing};
 use crate::wire::{
-    MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, SERVER_MAGIC, allocation, export_flag, handshake,
-    info, option, option_reply, truncated,
+    MAX_STRING, OPTION_MAGIC, SERVER_MAGIC, allocation, handshake, info, option as number,
+    option_reply,
 };
-use std::io::{self, Read, Write};
 use tranship_block::{BigEndian, Error, ErrorKind, Result};
 
-/// Longest reply to an option that is read: names and texts have at most 4096 bytes.
-const LONGEST_REPLY: u32 = 64 << 10;
 /// Replies to one option; a server that sends more wants us to wait for ever.
-const MOST_REPLIES: usize = 1024;
+pub(super) const MOST_REPLIES: usize = 4096;
 
 /// What client and server agreed upon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Agreed {
-    pub(super) size: u64,
-    flags: u16,
-    /// Replies come in chunks.
-    pub(super) structured: bool,
-    /// `base:allocation` may be asked for.
-    pub(super) allocation: bool,
-    /// The server's number for it.
-    pub(super) allocation_id: u32,
-    pub(super) min_block: u32,
-    pub(super) preferred_block: u32,
-    pub(super) max_payload: u32,
-    pub(super) description: Option<String>,
+    pub(super) facts: Facts,
+    /// The server's numbers for the contexts, which hold for this connection alone.
+    contexts: Vec<(u32, String)>,
 }
 
 impl Agreed {
-    fn new(size: u64, flags: u16) -> Self {
-        Self {
-            size,
-            flags,
-            structured: false,
-            allocation: false,
-            allocation_id: 0,
-            min_block: 1,
-            preferred_block: 4096,
-            max_payload: 32 << 20,
-            description: None,
+    /// The server's number for the context `name`, if it may be asked for.
+    pub(super) fn context(&self, name: &str) -> Option<u32> {
+        self.contexts.iter().find(|(_, known)| known == name).map(|(id, _)| *id)
+    }
+}
+
+/// A connection on which options can be asked for.
+#[derive(Debug)]
+pub(super) struct Greeted {
+    pub(super) stream: Duplex,
+    pub(super) tls: bool,
+    pub(super) structured: bool,
+    pub(super) extended: bool,
+    /// Server and client know how to say more than the export's name.
+    pub(super) fixed: bool,
+    has_zeroes: bool,
+}
+
+impl Greeted {
+    /// Says hello, encrypts if that is wanted, and agrees upon the kind of replies.
+    pub(super) fn over(socket: &Socket, host: &str, options: &ClientOptions) -> Result<Self> {
+        if options.export.len() > MAX_STRING {
+            return Err(Error::usage(format!(
+                "export name has {} bytes, expected at most {MAX_STRING}",
+                options.export.len()
+            )));
         }
-    }
-
-    pub(super) fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-}
-
-/// A reply to an option.
-struct Reply {
-    kind: u32,
-    data: Vec<u8>,
-}
-
-/// Says hello and asks for the export.
-pub(super) fn run<S: Read + Write>(stream: &mut S, options: &ClientOptions) -> Result<Agreed> {
-    if options.export.len() > MAX_STRING {
-        return Err(Error::usage(format!(
-            "export name has {} bytes, expected at most {MAX_STRING}",
-            options.export.len()
-        )));
-    }
-    let mut hello = [0; 18];
-    receive(stream, &mut hello)?;
-    let fields = BigEndian(&hello, "server's hello");
-    if fields.u64("magic", 0)? != SERVER_MAGIC {
-        return Err(Error::corrupt("this is no NBD server: its first bytes are not NBDMAGIC"));
-    }
-    if fields.u64("second magic", 8)? != OPTION_MAGIC {
-        return Err(Error::unsupported("the NBD server speaks the oldstyle handshake only"));
-    }
-    let offered = fields.u16("handshake flags", 16)?;
-    let ours = offered & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
-    send(stream, &u32::from(ours).to_be_bytes())?;
-    if offered & handshake::FIXED_NEWSTYLE == 0 {
-        return by_name(stream, options, ours);
-    }
-    let structured = plain_option(stream, option::STRUCTURED_REPLY)?;
-    let context = if structured { set_context(stream, options)? } else { None };
-    match go(stream, options)? {
-        Some(mut agreed) => {
-            agreed.structured = structured;
-            agreed.allocation = context.is_some();
-            agreed.allocation_id = context.unwrap_or(0);
-            Ok(agreed)
+        let mut stream = Duplex::plain(socket)?;
+        let mut hello = [0; 18];
+        receive(&mut stream, &mut hello)?;
+        let fields = BigEndian(&hello, "server's hello");
+        if fields.u64("magic", 0)? != SERVER_MAGIC {
+            return Err(Error::corrupt("this is no NBD server: its first bytes are not NBDMAGIC"));
         }
-        // Old servers know neither INFO nor GO.
-        None => by_name(stream, options, ours),
+        if fields.u64("second magic", 8)? != OPTION_MAGIC {
+            return Err(Error::unsupported("the NBD server speaks the oldstyle handshake only"));
+        }
+        let offered = fields.u16("handshake flags", 16)?;
+        let ours = offered & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
+        let fixed = ours & handshake::FIXED_NEWSTYLE != 0;
+        if options.tls.is_some() && !fixed {
+            return Err(no_tls("its handshake is too old for it"));
+        }
+        send(&mut stream, &u32::from(ours).to_be_bytes())?;
+        let has_zeroes = ours & handshake::NO_ZEROES == 0;
+        let mut greeted =
+            Self { stream, tls: false, structured: false, extended: false, fixed, has_zeroes };
+        if let Some(tls) = &options.tls {
+            // "The first option": nothing that was said before it may count.
+            ask(&mut greeted.stream, number::STARTTLS, &[])?;
+            let reply = answer(&mut greeted.stream, number::STARTTLS)?;
+            if reply.kind != option_reply::ACK {
+                return Err(no_tls(&reply.refusal("STARTTLS").to_string()));
+            }
+            greeted.stream =
+                encrypted(greeted.stream, |reading, writing| tls.connect(host, reading, writing))?;
+            greeted.tls = true;
+        }
+        if fixed && options.structured {
+            let stream = &mut greeted.stream;
+            greeted.extended = options.extended && option::plain(stream, number::EXTENDED_HEADERS)?;
+            // Extended headers bring chunks with them.
+            greeted.structured =
+                greeted.extended || option::plain(stream, number::STRUCTURED_REPLY)?;
+        }
+        Ok(greeted)
     }
-}
 
-/// Asks for something that needs no data; whether the server agreed.
-fn plain_option<S: Read + Write>(stream: &mut S, number: u32) -> Result<bool> {
-    ask(stream, number, &[])?;
-    let reply = answer(stream, number)?;
-    if reply.kind == option_reply::ERR_TLS_REQD {
-        return Err(wants_tls());
+    /// Asks for the export; requests may follow.
+    pub(super) fn go(mut self, options: &ClientOptions) -> Result<(Agreed, Duplex)> {
+        if !self.fixed {
+            let facts = self.by_name(options)?;
+            return Ok((Agreed { facts, contexts: Vec::new() }, self.stream));
+        }
+        let contexts = if self.structured { self.set_contexts(options)? } else { Vec::new() };
+        let (facts, contexts) = match self.info(number::GO, &options.export) {
+            Ok(facts) => (facts, contexts),
+            // Old servers know neither INFO nor GO. Under TLS there is no other way: the
+            // zeroes in the older one were agreed upon in plain text.
+            Err(error) if error.kind() == ErrorKind::Unsupported && !self.tls && !self.extended => {
+                (self.by_name(options)?, Vec::new())
+            }
+            Err(error) => return Err(error),
+        };
+        let names = contexts.iter().map(|(_, name)| name.clone()).collect();
+        let facts = Facts { contexts: names, ..facts };
+        Ok((Agreed { facts, contexts }, self.stream))
     }
-    Ok(reply.kind == option_reply::ACK)
-}
 
-/// Asks for `base:allocation`; the server's number for it, if it has it.
-fn set_context<S: Read + Write>(stream: &mut S, options: &ClientOptions) -> Result<Option<u32>> {
-    let mut data = string(&options.export);
-    data.extend(1_u32.to_be_bytes());
-    data.extend(string(allocation::NAME));
-    ask(stream, option::SET_META_CONTEXT, &data)?;
-    let mut id = None;
-    for _ in 0..MOST_REPLIES {
-        let reply = answer(stream, option::SET_META_CONTEXT)?;
-        match reply.kind {
-            option_reply::META_CONTEXT => {
-                let number = BigEndian(&reply.data, "meta context").u32("context id", 0)?;
-                if reply.data.get(4..) == Some(allocation::NAME.as_bytes()) {
-                    id = Some(number);
+    /// INFO or GO.
+    pub(super) fn info(&mut self, which: u32, export: &str) -> Result<Facts> {
+        let mut data = string(export);
+        let kinds = [info::BLOCK_SIZE, info::DESCRIPTION, info::NAME];
+        data.extend(3_u16.to_be_bytes());
+        data.extend(kinds.iter().flat_map(|kind| kind.to_be_bytes()));
+        ask(&mut self.stream, which, &data)?;
+        let mut pieces = Pieces::default();
+        for _ in 0..MOST_REPLIES {
+            let reply = answer(&mut self.stream, which)?;
+            match reply.kind {
+                option_reply::INFO => pieces.add(&reply.data)?,
+                option_reply::ACK => {
+                    let mut facts = pieces.facts()?;
+                    (facts.structured, facts.extended) = (self.structured, self.extended);
+                    facts.tls = self.tls;
+                    return Ok(facts);
                 }
-            }
-            option_reply::ACK => return Ok(id),
-            _ => return Ok(None),
-        }
-    }
-    Err(endless())
-}
-
-/// Asks to go on to transmission; `None` if the server does not know how.
-fn go<S: Read + Write>(stream: &mut S, options: &ClientOptions) -> Result<Option<Agreed>> {
-    let mut data = string(&options.export);
-    data.extend(2_u16.to_be_bytes());
-    data.extend(info::BLOCK_SIZE.to_be_bytes());
-    data.extend(info::DESCRIPTION.to_be_bytes());
-    ask(stream, option::GO, &data)?;
-    let mut agreed: Option<Agreed> = None;
-    let mut block_size = None;
-    let mut description = None;
-    for _ in 0..MOST_REPLIES {
-        let reply = answer(stream, option::GO)?;
-        match reply.kind {
-            option_reply::INFO => {
-                let fields = BigEndian(&reply.data, "information about the export");
-                match fields.u16("kind", 0)? {
-                    info::EXPORT => {
-                        let (size, flags) = (fields.u64("size", 2)?, fields.u16("flags", 10)?);
-                        agreed = Some(Agreed::new(size, flags));
-                    }
-                    info::BLOCK_SIZE => {
-                        block_size = Some((
-                            fields.u32("minimum block size", 2)?,
-                            fields.u32("preferred block size", 6)?,
-                            fields.u32("maximum payload", 10)?,
-                        ));
-                    }
-                    info::DESCRIPTION => {
-                        let text = reply.data.get(2..).unwrap_or_default();
-                        description = Some(String::from_utf8_lossy(text).into_owned());
-                    }
-                    _ => {}
-                }
-            }
-            option_reply::ACK => {
-                let mut agreed = agreed
-                    .ok_or_else(|| Error::corrupt("the server did not tell the export's size"))?;
-                check_flags(agreed.flags)?;
-                if let Some(sizes) = block_size {
-                    (agreed.min_block, agreed.preferred_block, agreed.max_payload) =
-                        checked_sizes(sizes)?;
-                }
-                agreed.description = description;
-                return Ok(Some(agreed));
-            }
-            option_reply::ERR_UNSUP => return Ok(None),
-            option_reply::ERR_TLS_REQD => return Err(wants_tls()),
-            option_reply::ERR_UNKNOWN => return Err(no_export(options, &reply)),
-            _ => {
-                return Err(Error::new(
-                    ErrorKind::Denied,
-                    format!(
-                        "the server refuses export {:?} (reply {:#x}){}",
-                        options.export,
-                        reply.kind,
-                        text_of(&reply)
-                    ),
-                ));
+                _ => return Err(reply.refusal(&format!("export {export:?}"))),
             }
         }
+        Err(endless())
     }
-    Err(endless())
-}
 
-/// The way in that every server knows, and that cannot fail but by hanging up.
-fn by_name<S: Read + Write>(stream: &mut S, options: &ClientOptions, flags: u16) -> Result<Agreed> {
-    ask(stream, option::EXPORT_NAME, options.export.as_bytes())?;
-    let mut reply = [0; 10];
-    receive(stream, &mut reply).map_err(|error| {
-        let text = format!("the server hung up when asked for export {:?}", options.export);
-        Error::new(ErrorKind::NotFound, text).because(error)
-    })?;
-    let fields = BigEndian(&reply, "export");
-    let (size, export_flags) = (fields.u64("size", 0)?, fields.u16("flags", 8)?);
-    check_flags(export_flags)?;
-    if flags & handshake::NO_ZEROES == 0 {
-        receive(stream, &mut [0; 124])?;
+    /// Asks for `base:allocation` and what else is wanted.
+    fn set_contexts(&mut self, options: &ClientOptions) -> Result<Vec<(u32, String)>> {
+        let mut wanted = vec![allocation::NAME];
+        for name in &options.contexts {
+            if !wanted.contains(&name.as_str()) {
+                wanted.push(name);
+            }
+        }
+        let found = self.contexts(number::SET_META_CONTEXT, &options.export, &wanted)?;
+        // Some servers answer with more than was asked for.
+        let is_wanted = |name: &str| {
+            wanted
+                .iter()
+                .any(|query| name == *query || (query.ends_with(':') && name.starts_with(*query)))
+        };
+        Ok(found.into_iter().filter(|(_, name)| is_wanted(name)).collect())
     }
-    Ok(Agreed::new(size, export_flags))
-}
 
-fn check_flags(flags: u16) -> Result<()> {
-    if flags & export_flag::HAS_FLAGS == 0 {
-        return Err(Error::corrupt(format!(
-            "the export's flags are {flags:#x}, without HAS_FLAGS"
-        )));
+    /// The contexts that fit `queries`; none if the server does not want to say.
+    pub(super) fn contexts(
+        &mut self,
+        which: u32,
+        export: &str,
+        queries: &[&str],
+    ) -> Result<Vec<(u32, String)>> {
+        let mut data = string(export);
+        data.extend(u32::try_from(queries.len()).unwrap_or(u32::MAX).to_be_bytes());
+        data.extend(queries.iter().flat_map(|query| string(query)));
+        ask(&mut self.stream, which, &data)?;
+        let mut found: Vec<(u32, String)> = Vec::new();
+        for _ in 0..MOST_REPLIES {
+            let reply = answer(&mut self.stream, which)?;
+            match reply.kind {
+                option_reply::META_CONTEXT => {
+                    let id = BigEndian(&reply.data, "meta context").u32("context id", 0)?;
+                    let name = reply.data.get(4..).unwrap_or_default();
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    if !found.iter().any(|(_, known)| *known == name) {
+                        found.push((id, name));
+                    }
+                }
+                option_reply::ACK => return Ok(found),
+                _ => return Ok(Vec::new()),
+            }
+        }
+        Err(endless())
     }
-    Ok(())
-}
 
-fn checked_sizes((min, preferred, max): (u32, u32, u32)) -> Result<(u32, u32, u32)> {
-    let is_good = min.is_power_of_two() && min <= 64 << 10 && preferred >= min && max >= min;
-    if !is_good {
-        return Err(Error::corrupt(format!(
-            "the export's block sizes are {min}, {preferred} and {max}, expected a power of two \
-             up to 65536 and two that are no smaller"
-        )));
+    /// The way in that every server knows, and that cannot fail but by hanging up.
+    fn by_name(&mut self, options: &ClientOptions) -> Result<Facts> {
+        ask(&mut self.stream, number::EXPORT_NAME, options.export.as_bytes())?;
+        let mut reply = [0; 10];
+        receive(&mut self.stream, &mut reply).map_err(|error| {
+            let text = format!("the server hung up when asked for export {:?}", options.export);
+            Error::new(ErrorKind::NotFound, text).because(error)
+        })?;
+        let fields = BigEndian(&reply, "export");
+        let mut facts = Facts::new(fields.u64("size", 0)?, fields.u16("flags", 8)?)?;
+        facts.structured = self.structured;
+        if self.has_zeroes {
+            receive(&mut self.stream, &mut [0; 124])?;
+        }
+        Ok(facts)
     }
-    Ok((min, preferred, max))
+
+    /// Leaves without having used an export.
+    pub(super) fn abort(mut self) {
+        if self.fixed && ask(&mut self.stream, number::ABORT, &[]).is_ok() {
+            let _ = answer(&mut self.stream, number::ABORT);
+        }
+        self.stream.writing.finish();
+    }
 }
 
-fn no_export(options: &ClientOptions, reply: &Reply) -> Error {
-    let text = format!("the server has no export {:?}{}", options.export, text_of(reply));
-    Error::new(ErrorKind::NotFound, text)
+/// Changes from plain text to TLS. What came in plain text and was not read yet was not
+/// said by the server that is about to prove who it is.
+fn encrypted(
+    stream: Duplex,
+    shake: impl FnOnce(
+        Socket,
+        Socket,
+    ) -> Result<(crate::tls::TlsReading<Socket>, crate::tls::TlsWriting<Socket>)>,
+) -> Result<Duplex> {
+    let (Reading::Plain(reading), Writing::Plain(writing)) = (stream.reading, stream.writing)
+    else {
+        return Err(Error::usage("the connection is encrypted already"));
+    };
+    if !reading.buffer().is_empty() {
+        return Err(Error::new(
+            ErrorKind::Denied,
+            "the NBD server sent more in plain text after it had agreed to TLS: somebody may be \
+             in the middle",
+        ));
+    }
+    let (reading, writing) = shake(reading.into_inner(), writing)?;
+    Ok(Duplex {
+        reading: Reading::Tls(Box::new(reading)),
+        writing: Writing::Tls(Box::new(writing)),
+    })
 }
 
-fn wants_tls() -> Error {
-    Error::new(ErrorKind::Denied, "the NBD server requires TLS, which is not there yet")
+fn no_tls(why: &str) -> Error {
+    Error::new(
+        ErrorKind::Denied,
+        format!("TLS is asked for and the NBD server does not have it: {why}"),
+    )
 }
 
-fn endless() -> Error {
+pub(super) fn endless() -> Error {
     Error::corrupt(format!("the server sent more than {MOST_REPLIES} replies to one option"))
-}
-
-/// What a server says to an error, as far as it can be shown.
-fn text_of(reply: &Reply) -> String {
-    let text = String::from_utf8_lossy(&reply.data);
-    let text: String = truncated(&text, 200).chars().filter(|c| !c.is_control()).collect();
-    if text.is_empty() { text } else { format!(": {text}") }
-}
-
-fn string(text: &str) -> Vec<u8> {
-    let mut bytes = u32::try_from(text.len()).unwrap_or(u32::MAX).to_be_bytes().to_vec();
-    bytes.extend(text.as_bytes());
-    bytes
-}
-
-fn ask<S: Write>(stream: &mut S, number: u32, data: &[u8]) -> Result<()> {
-    let mut bytes = OPTION_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(number.to_be_bytes());
-    bytes.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
-    bytes.extend(data);
-    send(stream, &bytes)
-}
-
-fn answer<S: Read>(stream: &mut S, asked: u32) -> Result<Reply> {
-    let mut head = [0; 20];
-    receive(stream, &mut head)?;
-    let fields = BigEndian(&head, "reply to an option");
-    let (magic, number) = (fields.u64("magic", 0)?, fields.u32("option", 8)?);
-    if magic != OPTION_REPLY_MAGIC || number != asked {
-        return Err(Error::corrupt(format!(
-            "reply to option {asked} has magic {magic:#x} and option {number}"
-        )));
-    }
-    let (kind, len) = (fields.u32("kind", 12)?, fields.u32("length", 16)?);
-    if len > LONGEST_REPLY {
-        return Err(Error::corrupt(format!(
-            "reply to option {asked} has {len} bytes, expected at most {LONGEST_REPLY}"
-        )));
-    }
-    let mut data = vec![0; usize::try_from(len).unwrap_or(0)];
-    receive(stream, &mut data)?;
-    Ok(Reply { kind, data })
-}
-
-fn send<S: Write>(stream: &mut S, bytes: &[u8]) -> Result<()> {
-    stream.write_all(bytes).map_err(broken)
-}
-
-fn receive<S: Read>(stream: &mut S, bytes: &mut [u8]) -> Result<()> {
-    stream.read_exact(bytes).map_err(broken)
-}
-
-fn broken(error: io::Error) -> Error {
-    Error::new(ErrorKind::Busy, "the NBD server went away during the handshake").because(error)
 }

@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Connecting.
+//! Connecting, and the two directions of a connection.
 
-use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use crate::tls::{TlsReading, TlsWriting};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    sockopt::{self, Timeout},
+};
+use std::fmt;
+use std::io::{self, BufReader, IoSlice, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tranship_block::{Error, ErrorKind, Result};
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// At a Unix socket.
+    /// At a Unix socket; a zero byte in front is the sign of an abstract name.
     Unix(PathBuf),
     /// At a port of TCP.
     Tcp {
@@ -20,97 +27,220 @@ pub enum Address {
         /// Port.
         port: u16,
     },
+    /// At a port of a virtual machine or its host.
+    Vsock {
+        /// Context id of the machine; 2 is the host.
+        cid: u32,
+        /// Port.
+        port: u32,
+    },
 }
 
+impl Address {
+    /// The name that a certificate of this server has; a socket of this machine is at
+    /// `localhost`.
+    pub(super) fn host(&self) -> &str {
+        match self {
+            Self::Tcp { host, .. } => host,
+            Self::Unix(_) | Self::Vsock { .. } => "localhost",
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => match path.as_os_str().as_bytes().strip_prefix(b"\0") {
+                Some(name) => write!(f, "abstract socket {}", name.escape_ascii()),
+                None => write!(f, "{}", path.display()),
+            },
+            Self::Tcp { host, port } => write!(f, "{host} port {port}"),
+            Self::Vsock { cid, port } => write!(f, "vsock {cid} port {port}"),
+        }
+    }
+}
+
+/// A connected stream socket of any family.
 #[derive(Debug)]
-pub(super) enum Stream {
-    Unix(UnixStream),
-    Tcp(TcpStream),
-}
+pub(super) struct Socket(OwnedFd);
 
-impl Stream {
+impl Socket {
     pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Self> {
-        let stream = match address {
-            Address::Unix(path) => {
-                let stream = UnixStream::connect(path)
-                    .map_err(|error| unreachable_server(error).in_file(path))?;
-                Self::over(stream, timeout)?
-            }
-            Address::Tcp { host, port } => {
-                let stream = connect_tcp(host, *port, timeout).map_err(|error| {
-                    Error::new(ErrorKind::Busy, format!("cannot connect to {host} port {port}"))
-                        .because(error)
-                })?;
-                // Requests are small, and somebody waits for each.
-                stream.set_nodelay(true).map_err(unreachable_server)?;
-                stream.set_read_timeout(Some(timeout)).map_err(unreachable_server)?;
-                stream.set_write_timeout(Some(timeout)).map_err(unreachable_server)?;
-                Self::Tcp(stream)
-            }
+        let socket = match address {
+            Address::Unix(path) => connect_unix(path).map(OwnedFd::from),
+            Address::Tcp { host, port } => connect_tcp(host, *port, timeout).map(OwnedFd::from),
+            Address::Vsock { cid, port } => connect_vsock(*cid, *port, timeout),
         };
-        Ok(stream)
+        let socket = socket.map_err(|error| {
+            Error::new(ErrorKind::Busy, format!("cannot connect to the NBD server at {address}"))
+                .because(error)
+        })?;
+        Self::over(socket, timeout)
     }
 
     /// A socket that is connected already.
-    pub(super) fn over(stream: UnixStream, timeout: Duration) -> Result<Self> {
-        stream.set_read_timeout(Some(timeout)).map_err(unreachable_server)?;
-        stream.set_write_timeout(Some(timeout)).map_err(unreachable_server)?;
-        Ok(Self::Unix(stream))
+    pub(super) fn over(socket: OwnedFd, timeout: Duration) -> Result<Self> {
+        for which in [Timeout::Recv, Timeout::Send] {
+            sockopt::set_socket_timeout(&socket, which, Some(timeout))
+                .map_err(|error| Error::io("cannot set the socket's time-out", error.into()))?;
+        }
+        Ok(Self(socket))
     }
 
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
-        })
+    pub(super) fn try_clone(&self) -> Result<Self> {
+        let clone = self.0.try_clone();
+        clone.map(Self).map_err(|error| Error::io("cannot share the connection", error))
+    }
+
+    /// The process at the other end of a Unix socket, as it was when it began to listen.
+    pub(super) fn peer(&self) -> Option<u32> {
+        let credentials = sockopt::socket_peercred(&self.0).ok()?;
+        u32::try_from(credentials.pid.as_raw_pid()).ok().filter(|pid| *pid > 0)
     }
 
     /// Ends the connection for everybody who holds a clone.
     pub(super) fn close(&self) {
-        let _ = match self {
-            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
-            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
-        };
+        let _ = rustix::net::shutdown(&self.0, Shutdown::Both);
     }
+}
+
+fn connect_unix(path: &Path) -> io::Result<OwnedFd> {
+    let name = path.as_os_str().as_bytes();
+    let address = match name.strip_prefix(b"\0") {
+        Some(name) => SocketAddrUnix::new_abstract_name(name)?,
+        None => SocketAddrUnix::new(name)?,
+    };
+    let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address))?;
+    Ok(socket)
 }
 
 fn connect_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in (host, port).to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, timeout) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => {
+                // Requests are small, and somebody waits for each.
+                stream.set_nodelay(true)?;
+                sockopt::set_socket_keepalive(stream.as_fd(), true)?;
+                return Ok(stream);
+            }
             Err(error) => last = error,
         }
     }
     Err(last)
 }
 
-fn unreachable_server(error: io::Error) -> Error {
-    Error::new(ErrorKind::Busy, "cannot connect to the NBD server").because(error)
+fn connect_vsock(cid: u32, port: u32, timeout: Duration) -> io::Result<OwnedFd> {
+    let socket = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM, None)?;
+    socket.connect_timeout(&socket2::SockAddr::vsock(cid, port), timeout)?;
+    Ok(OwnedFd::from(socket))
 }
 
-impl Read for Stream {
+impl Read for Socket {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let (received, _) = rustix::net::recv(&self.0, buf, RecvFlags::empty())?;
+        Ok(received)
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        Ok(rustix::net::send(&self.0, buf, SendFlags::NOSIGNAL)?)
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut control = rustix::net::SendAncillaryBuffer::default();
+        Ok(rustix::net::sendmsg(&self.0, bufs, &mut control, SendFlags::NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Bytes that are asked for at once, so that a reply's head costs no call of its own; what
+/// is longer goes straight into its target.
+const AHEAD: usize = 16 << 10;
+
+/// What comes from the server.
+#[derive(Debug)]
+pub(super) enum Reading {
+    Plain(BufReader<Socket>),
+    Tls(Box<TlsReading<Socket>>),
+}
+
+impl Read for Reading {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::Unix(stream) => stream.read(buf),
-            Self::Tcp(stream) => stream.read(buf),
+            Self::Plain(socket) => socket.read(buf),
+            Self::Tls(tls) => tls.read(buf),
         }
     }
 }
 
-impl Write for Stream {
+/// What goes to the server.
+#[derive(Debug)]
+pub(super) enum Writing {
+    Plain(Socket),
+    Tls(Box<TlsWriting<Socket>>),
+}
+
+impl Write for Writing {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         match self {
-            Self::Unix(stream) => stream.write(buf),
-            Self::Tcp(stream) => stream.write(buf),
+            Self::Plain(socket) => socket.write(buf),
+            Self::Tls(tls) => tls.write(buf),
         }
     }
 
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         match self {
-            Self::Unix(stream) => stream.write_vectored(bufs),
-            Self::Tcp(stream) => stream.write_vectored(bufs),
+            Self::Plain(socket) => socket.write_vectored(bufs),
+            Self::Tls(tls) => tls.write_vectored(bufs),
         }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Writing {
+    /// Tells the other side that nothing more comes, where there is a way to say it.
+    pub(super) fn finish(&mut self) {
+        if let Self::Tls(tls) = self {
+            let _ = tls.finish();
+        }
+    }
+}
+
+/// Both directions together, as the handshake wants them.
+#[derive(Debug)]
+pub(super) struct Duplex {
+    pub(super) reading: Reading,
+    pub(super) writing: Writing,
+}
+
+impl Duplex {
+    pub(super) fn plain(socket: &Socket) -> Result<Self> {
+        Ok(Self {
+            reading: Reading::Plain(BufReader::with_capacity(AHEAD, socket.try_clone()?)),
+            writing: Writing::Plain(socket.try_clone()?),
+        })
+    }
+}
+
+impl Read for Duplex {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.reading.read(buf)
+    }
+}
+
+impl Write for Duplex {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.writing.write(buf)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -4,8 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod client;
+mod foreign;
 mod handshake;
+mod hostile;
 mod oracle;
+mod reconnect;
 mod remote;
+mod scripted;
 mod server;
+mod tls;
 mod transmission;
+mod uri;

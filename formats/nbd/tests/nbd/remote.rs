@@ -2,18 +2,15 @@
 //! Our client with our server, and with those of others.
 
 use crate::client::{Place, sample, serve_one};
+use crate::foreign::{Foreign, SIZE, qemu_nbd, text};
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tranship_block::{BlockDevice, ErrorKind, ExtentKind, Extents, MemoryDevice, Span, Zeroing};
-use tranship_nbd::{Address, ClientOptions, Remote};
+use tranship_nbd::{Address, ClientOptions, Remote, describe_export, list_exports};
 
-const SIZE: usize = 3 << 20;
-
-fn options(export: &str) -> ClientOptions {
+pub(crate) fn options(export: &str) -> ClientOptions {
     let timeout = Duration::from_secs(20);
     ClientOptions { export: export.to_owned(), timeout, ..ClientOptions::default() }
 }
@@ -22,12 +19,12 @@ fn ours(place: &Place) -> Remote {
     Remote::connect(&Address::Unix(place.socket()), &options("vda")).unwrap()
 }
 
-fn pattern(len: usize, seed: u8) -> Vec<u8> {
+pub(crate) fn pattern(len: usize, seed: u8) -> Vec<u8> {
     (0..len).map(|at| (((at as u64 * 31) >> 3) as u8 ^ seed) | 1).collect()
 }
 
 /// Everything that a device can do, beside bytes in memory.
-fn work(device: &dyn BlockDevice) {
+pub(crate) fn work(device: &dyn BlockDevice) {
     let size = usize::try_from(device.size()).unwrap();
     let mut model = vec![0; size];
     device.read_at(&mut model, 0).unwrap();
@@ -122,7 +119,7 @@ fn servers_that_lie_are_found_out() {
         bytes.extend(data);
         bytes
     };
-    let unsup = reply(8, 0x8000_0001, b"");
+    let unsup = [reply(11, 0x8000_0001, b""), reply(8, 0x8000_0001, b"")].concat();
     let export = |size: u64, flags: u16| {
         let mut data = vec![0, 0];
         data.extend(size.to_be_bytes());
@@ -133,8 +130,8 @@ fn servers_that_lie_are_found_out() {
     let cases: Vec<(Vec<u8>, &str)> = vec![
         (b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(), "no NBD server"),
         ([&hello[..8], &[0; 10]].concat(), "oldstyle"),
-        ([&hello[..], &[0xff; 20]].concat(), "reply to option 8 has magic"),
-        ([&hello[..], &reply(8, 0x8000_0005, b"")].concat(), "requires TLS"),
+        ([&hello[..], &[0xff; 20]].concat(), "reply to option 11 has magic"),
+        ([&hello[..], &reply(11, 0x8000_0005, b"")].concat(), "requires TLS"),
         ([&hello[..], &unsup, &reply(7, 1, b"")].concat(), "did not tell the export's size"),
         ([&hello[..], &unsup, &export(1 << 20, 0), &reply(7, 1, b"")].concat(), "HAS_FLAGS"),
         (
@@ -143,7 +140,7 @@ fn servers_that_lie_are_found_out() {
         ),
         (
             [&hello[..], &unsup, &reply(7, 0x8000_0006, b"go \x1baway")].concat(),
-            "no export \"\": go away",
+            "does not have export \"\": go away",
         ),
     ];
     for (bytes, expected) in cases {
@@ -162,82 +159,92 @@ fn servers_that_lie_are_found_out() {
     }
 }
 
-/// A server of somebody else's, which ends with the test.
-struct Foreign {
-    child: Child,
-    socket: PathBuf,
-    _folder: tempfile::TempDir,
-}
-
-impl Foreign {
-    /// `None`, with a visible line, if the program is not there.
-    fn start(program: &str, arguments: impl Fn(&Path, &Path) -> Vec<String>) -> Option<Self> {
-        let folder = tempfile::tempdir().unwrap();
-        let (socket, disk) = (folder.path().join("socket"), folder.path().join("disk"));
-        std::fs::File::create(&disk).unwrap().set_len(SIZE as u64).unwrap();
-        let child = Command::new(program)
-            .args(arguments(&socket, &disk))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn();
-        let child = match child {
-            Ok(child) => child,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                eprintln!("skipped: {program} is not installed");
-                return None;
-            }
-            Err(error) => panic!("{program}: {error}"),
-        };
-        let start = Instant::now();
-        while !socket.exists() {
-            assert!(start.elapsed() < Duration::from_secs(20), "{program} does not listen");
-            std::thread::yield_now();
-        }
-        Some(Self { child, socket, _folder: folder })
-    }
-
-    fn connect(&self, options: &ClientOptions) -> Remote {
-        let start = Instant::now();
-        loop {
-            match Remote::connect(&Address::Unix(self.socket.clone()), options) {
-                // The socket is bound a moment before somebody listens.
-                Err(error) if error.kind() == ErrorKind::Busy && start.elapsed().as_secs() < 10 => {
-                }
-                other => return other.unwrap(),
-            }
-        }
-    }
-}
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn text(path: &Path) -> String {
-    path.to_str().unwrap().to_owned()
-}
-
 #[test]
 fn qemu_nbd_is_a_disk() {
     let server = Foreign::start("qemu-nbd", |socket, disk| {
-        let socket = format!("--socket={}", text(socket));
-        let words = ["--persistent", "--shared=8", "--format=raw", "--export-name=a b"];
-        let words = words.iter().map(|word| (*word).to_owned());
-        words.chain([socket, text(disk)]).collect()
+        qemu_nbd(socket, disk, &["--export-name=a b", "--description=c d", "--allocation-depth"])
     });
     let Some(server) = server else { return };
-    let remote = server.connect(&options("a b"));
+    let contexts = vec!["qemu:allocation-depth".to_owned()];
+    let remote = server.connect(&ClientOptions { contexts, ..options("a b") });
     assert!(remote.connections() > 1);
+    let facts = remote.facts();
+    assert!(facts.extended && facts.structured && facts.has_block_sizes && !facts.tls);
+    assert!(facts.can_fast_zero() && facts.can_cache() && facts.can_block_status_payload());
+    assert_eq!((facts.size, facts.min_block), (SIZE as u64, 1));
+    assert_eq!(facts.description.as_deref(), Some("c d"));
+    assert_eq!(facts.contexts, ["base:allocation", "qemu:allocation-depth"]);
+    let depth = remote.status("qemu:allocation-depth", 0, SIZE as u64).unwrap();
+    assert_eq!(depth.iter().map(|(len, _)| len).sum::<u64>(), SIZE as u64);
     work(&remote);
+    for (structured, extended) in [(true, false), (false, true), (false, false)] {
+        let remote = server.connect(&ClientOptions { structured, extended, ..options("a b") });
+        assert_eq!((remote.facts().structured, remote.facts().extended), (structured, false));
+        work(&remote);
+    }
+}
+
+#[test]
+fn exports_are_listed_with_all_that_is_known() {
+    let place = serve_one(sample());
+    let listing = list_exports(&Address::Unix(place.socket()), &options("")).unwrap();
+    let [export] = &listing.exports[..] else { panic!("{listing:?}") };
+    assert_eq!((export.name.as_str(), export.description.as_str()), ("vda", "a test"));
+    assert!(export.contexts.contains(&"base:allocation".to_owned()));
+    assert_eq!(export.facts.as_ref().unwrap().size, 1 << 20);
+    let one = describe_export(&Address::Unix(place.socket()), &options("vda")).unwrap();
+    assert_eq!(one, *export);
+    let error = describe_export(&Address::Unix(place.socket()), &options("x")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn exports_of_others_are_listed() {
+    let server = Foreign::start("qemu-nbd", |socket, disk| {
+        qemu_nbd(socket, disk, &["--export-name=vda", "--description=mine", "--allocation-depth"])
+    });
+    let Some(server) = server else { return };
+    server.connect(&options("vda"));
+    let listing = list_exports(&server.address(), &options("")).unwrap();
+    assert!(listing.structured && listing.extended && !listing.tls);
+    let [export] = &listing.exports[..] else { panic!("{listing:?}") };
+    assert_eq!((export.name.as_str(), export.description.as_str()), ("vda", "mine"));
+    assert_eq!(export.contexts, ["base:allocation", "qemu:allocation-depth"]);
+    let facts = export.facts.as_ref().unwrap();
+    assert_eq!((facts.preferred_block, facts.max_payload), (4096, 32 << 20));
+
+    let server = Foreign::start("nbdkit", |socket, disk| {
+        let folder = disk.parent().unwrap();
+        std::fs::create_dir(folder.join("disks")).unwrap();
+        std::fs::write(folder.join("disks/a"), [0; 512]).unwrap();
+        std::fs::write(folder.join("disks/b"), [0; 1024]).unwrap();
+        let disks = format!("dir={}", text(&folder.join("disks")));
+        vec!["--foreground".into(), format!("--unix={}", text(socket)), "file".into(), disks]
+    });
+    let Some(server) = server else { return };
+    server.connect(&options("a"));
+    let listing = list_exports(&server.address(), &options("")).unwrap();
+    let mut found: Vec<(&str, u64)> = listing
+        .exports
+        .iter()
+        .map(|export| (export.name.as_str(), export.facts.as_ref().unwrap().size))
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, [("a", 512), ("b", 1024)]);
 }
 
 #[test]
 fn nbdkit_is_a_disk_also_in_blocks_and_without_structured_replies() {
     let plain: &[&str] = &[];
-    for more in [plain, &["--no-sr"], &["--filter=blocksize-policy", "blocksize-minimum=4096"]] {
+    let cases = [
+        plain,
+        &["--no-sr"],
+        &["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"],
+        &["--filter=nozero", "zeromode=none"],
+        &["--filter=noextents"],
+        &["--filter=fua", "fuamode=none", "--filter=multi-conn", "multi-conn-mode=disable"],
+    ];
+    for more in cases {
         let server = Foreign::start("nbdkit", |socket, disk| {
             let socket = format!("--unix={}", text(socket));
             let mut words = vec!["--foreground".to_owned(), socket];

@@ -8,13 +8,12 @@ fn file(path: &str) -> Place {
 }
 
 fn unix(path: &str, export: &str) -> Place {
-    let server = NbdServer::Unix(path.into());
-    Place::Nbd(NbdAddress { server, export: export.into(), tls: false })
+    Place::Nbd(Box::new(NbdAddress::new(Uri::new(Address::Unix(path.into()), export))))
 }
 
 fn tcp(host: &str, port: u16, export: &str) -> Place {
-    let server = NbdServer::Tcp { host: host.into(), port };
-    Place::Nbd(NbdAddress { server, export: export.into(), tls: false })
+    let address = Address::Tcp { host: host.into(), port };
+    Place::Nbd(Box::new(NbdAddress::new(Uri::new(address, export))))
 }
 
 #[test]
@@ -34,16 +33,63 @@ fn names_are_paths_or_protocols() {
         ("nbd://[::1]/x", tcp("::1", 10_809, "x")),
         ("nbd+unix:///ex%20p?socket=/run/a%2fb", unix("/run/a/b", "ex p")),
         ("nbd+unix://?socket=s", unix("s", "")),
+        ("nbd+unix://a:b/?socket=s", unix("s", "")),
+        ("nbd://", tcp("localhost", 10_809, "")),
     ];
     for (name, place) in cases {
         let spec = Spec::from_name(name).unwrap();
         assert_eq!((spec.name.as_str(), spec.place), (name, place));
         assert_eq!(spec.format, None);
     }
-    assert!(matches!(
-        Spec::from_name("nbds://h/").unwrap().place,
-        Place::Nbd(NbdAddress { tls: true, .. })
-    ));
+    let Place::Nbd(address) = Spec::from_name("nbds://h/?tls-hostname=x").unwrap().place else {
+        panic!("not an NBD address")
+    };
+    assert!(address.uri.tls);
+    assert_eq!(address.uri.tls_options.hostname.as_deref(), Some("x"));
+}
+
+#[test]
+fn options_of_nbd_are_those_of_qemu() {
+    let place = |options: &str| match Spec::from_options(options).map(|spec| spec.place) {
+        Ok(Place::Nbd(address)) => Ok(*address),
+        Ok(other) => panic!("{options}: {other:?}"),
+        Err(error) => Err(error.to_string()),
+    };
+    let address = place(
+        "driver=nbd,server.type=inet,server.host=h,server.port=7,export=e,tls-creds=tls0,\
+         tls-hostname=x,reconnect-delay=20",
+    )
+    .unwrap();
+    assert_eq!(address.uri.address, Address::Tcp { host: "h".into(), port: 7 });
+    assert_eq!((address.uri.export.as_str(), address.uri.tls), ("e", true));
+    assert_eq!(address.credentials.as_deref(), Some("tls0"));
+    assert_eq!(address.uri.tls_options.hostname.as_deref(), Some("x"));
+    assert_eq!(address.reconnect, Duration::from_secs(20));
+    let vsock = place("driver=nbd,server.type=vsock,server.cid=3,server.port=70000").unwrap();
+    assert_eq!(vsock.uri.address, Address::Vsock { cid: 3, port: 70_000 });
+    for (options, part) in [
+        ("driver=nbd", "either 'server.path' or 'server.host'"),
+        ("driver=nbd,path=s,host=h", "either"),
+        ("driver=nbd,server.type=fd,server.str=3", "expected inet, unix or vsock"),
+        ("driver=nbd,path=s,tls-hostname=h", "with 'tls-creds' only"),
+        ("driver=nbd,host=h,port=0", "port is \"0\""),
+    ] {
+        let error = place(options).unwrap_err();
+        assert!(error.contains(part), "{options}: {error}");
+    }
+}
+
+#[test]
+fn nbd_addresses_are_shown_as_qemu_shows_them() {
+    for (name, shown) in [
+        ("nbd:unix:/tmp/s:exportname=x", "nbd+unix:///x?socket=/tmp/s"),
+        ("nbd:unix:/tmp/s", "nbd+unix://?socket=/tmp/s"),
+        ("nbd://localhost", "nbd://localhost:10809"),
+        ("nbds://h/a", "nbds://h:10809/a"),
+    ] {
+        let Place::Nbd(address) = Spec::from_name(name).unwrap().place else { panic!("{name}") };
+        assert_eq!(address.shown(), shown);
+    }
 }
 
 #[test]
@@ -94,6 +140,7 @@ fn nonsense_is_refused_by_name() {
         ("nbd:host", ErrorKind::Usage, "has no port"),
         ("nbd:host:99999", ErrorKind::Usage, "port is \"99999\""),
         ("nbd+unix:///x", ErrorKind::Usage, "has no socket"),
+        ("nbds:h:1", ErrorKind::Unsupported, "unknown protocol"),
         ("nbd://h/%zz", ErrorKind::Usage, "broken %"),
     ];
     for (name, kind, text) in cases {
