@@ -48,14 +48,15 @@ impl Foreign {
             }
             Err(error) => panic!("{program}: {error}"),
         };
-        let server = Self { child, command, socket, folder };
+        let mut server = Self { child, command, socket, folder };
         server.wait();
         Some(server)
     }
 
-    fn wait(&self) {
+    fn wait(&mut self) {
         let start = Instant::now();
         while !self.socket.exists() {
+            assert!(self.child.try_wait().unwrap().is_none(), "the server ended at once");
             assert!(start.elapsed() < Duration::from_secs(20), "the server does not listen");
             std::thread::sleep(Duration::from_millis(5));
         }

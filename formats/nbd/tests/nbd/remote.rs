@@ -242,7 +242,7 @@ fn nbdkit_is_a_disk_also_in_blocks_and_without_structured_replies() {
         &["--filter=blocksize-policy", "blocksize-minimum=4096", "blocksize-error-policy=error"],
         &["--filter=nozero", "zeromode=none"],
         &["--filter=noextents"],
-        &["--filter=fua", "fuamode=none", "--filter=multi-conn", "multi-conn-mode=disable"],
+        &["--filter=multi-conn", "multi-conn-mode=disable"],
     ];
     for more in cases {
         let server = Foreign::start("nbdkit", |socket, disk| {

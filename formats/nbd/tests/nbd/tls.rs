@@ -24,11 +24,13 @@ impl Certificates {
         for name in ["good", "other"] {
             let folder = made.folder(name);
             std::fs::create_dir(&folder).unwrap();
-            let ca = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
-                      -keyout ca-key.pem -out ca-cert.pem -subj /CN=authority \
-                      -addext basicConstraints=critical,CA:TRUE \
-                      -addext keyUsage=critical,keyCertSign,cRLSign";
-            openssl(&folder, ca)?;
+            let ca = format!(
+                "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 \
+                      -keyout ca-key.pem -out ca-cert.pem -subj /CN=authority-{name} \
+                 -addext basicConstraints=critical,CA:TRUE \
+                 -addext keyUsage=critical,keyCertSign,cRLSign"
+            );
+            openssl(&folder, &ca)?;
             made.sign(name, "server", "DNS:localhost,DNS:disk.example,IP:127.0.0.1", 2);
             made.sign(name, "client", "DNS:client", 2);
         }
@@ -51,7 +53,7 @@ impl Certificates {
     fn sign(&self, name: &str, side: &str, names: &str, days: i32) {
         let folder = self.folder(name);
         let extensions = format!(
-            "basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature\n\
+            "basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature,keyEncipherment\n\
              extendedKeyUsage={side}Auth\nsubjectAltName={names}\n"
         );
         std::fs::write(folder.join("extensions"), extensions).unwrap();
