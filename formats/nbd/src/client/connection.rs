@@ -143,7 +143,7 @@ impl Connection {
             slots.waiting.insert(cookie, slot);
         }
         if let Err(error) = self.transmit(request, cookie, payload) {
-            let error = self.explained(error, "take the request");
+            let error = self.explained(&error, "take the request");
             self.break_off(Broken::from(&error));
         }
         self.wait(cookie, buf)
@@ -186,10 +186,8 @@ impl Connection {
                     front.copy_from_slice(bytes.get(..len).unwrap_or_default());
                 }
                 let is_shutdown = slot.reply.is_shutdown;
-                return slot.reply.finish().map_err(|error| match is_shutdown {
-                    true => Failure::Lost(error),
-                    false => Failure::Final(error),
-                });
+                let failure = if is_shutdown { Failure::Lost } else { Failure::Final };
+                return slot.reply.finish().map_err(failure);
             }
             if let Some(broken) = &slots.broken {
                 let failure = broken.failure();
@@ -360,10 +358,10 @@ impl Connection {
     }
 
     fn receive(&self, stream: &mut Reading, buf: &mut [u8]) -> Result<()> {
-        stream.read_exact(buf).map_err(|error| self.explained(error, "answer"))
+        stream.read_exact(buf).map_err(|error| self.explained(&error, "answer"))
     }
 
-    fn explained(&self, error: io::Error, what: &str) -> Error {
+    fn explained(&self, error: &io::Error, what: &str) -> Error {
         let text = match error.kind() {
             io::ErrorKind::UnexpectedEof
             | io::ErrorKind::ConnectionReset

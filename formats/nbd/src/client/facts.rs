@@ -5,6 +5,7 @@ use crate::wire::{MAX_STRING, export_flag, info};
 use tranship_block::{BigEndian, Error, Result};
 
 /// What a server says about an export, and what both sides agreed upon.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
     /// Bytes.

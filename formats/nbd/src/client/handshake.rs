@@ -30,6 +30,7 @@ impl Agreed {
 }
 
 /// A connection on which options can be asked for.
+#[allow(clippy::struct_excessive_bools, reason = "each was agreed upon on its own")]
 #[derive(Debug)]
 pub(super) struct Greeted {
     pub(super) stream: Duplex,

@@ -138,30 +138,30 @@ impl Line {
             return Ok(());
         }
         tracing::warn!(%address, %error, "the connection to the NBD server broke");
-        let mut last = error;
+        let mut latest = error;
         let mut pause = paused(breaks);
         loop {
             let left = budget.saturating_sub(since.elapsed());
             if left.is_zero() {
                 let seconds = budget.as_secs_f64();
-                let why = format!("no answer from the NBD server within {seconds} s: {last}");
+                let why = format!("no answer from the NBD server within {seconds} s: {latest}");
                 state.dead = Some(why.clone());
                 return Err(Error::new(ErrorKind::Busy, why));
             }
             std::thread::sleep(pause.min(left));
             pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
             match self.open_again(address, &state.connection) {
-                Ok(connection) => {
-                    let (old, new) = (state.connection.peer, connection.peer);
+                Ok(again) => {
+                    let (old, new) = (state.connection.peer, again.peer);
                     if old.is_none() || old != new {
                         lost();
                     }
                     tracing::info!(%address, "connected to the NBD server again");
-                    state.connection = Arc::new(connection);
+                    state.connection = Arc::new(again);
                     state.generation = state.generation.wrapping_add(1);
                     return Ok(());
                 }
-                Err(error) if error.kind() == ErrorKind::Busy => last = error,
+                Err(error) if error.kind() == ErrorKind::Busy => latest = error,
                 Err(error) => {
                     state.dead = Some(error.to_string());
                     return Err(error);

@@ -67,7 +67,7 @@ pub(super) struct Socket(OwnedFd);
 impl Socket {
     pub(super) fn connect(address: &Address, timeout: Duration) -> Result<Self> {
         let socket = match address {
-            Address::Unix(path) => connect_unix(path).map(OwnedFd::from),
+            Address::Unix(path) => connect_unix(path),
             Address::Tcp { host, port } => connect_tcp(host, *port, timeout).map(OwnedFd::from),
             Address::Vsock { cid, port } => connect_vsock(*cid, *port, timeout),
         };

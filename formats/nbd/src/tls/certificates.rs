@@ -81,7 +81,7 @@ fn roots(file: &Path) -> Result<RootCertStore> {
 /// Everything of one kind in a file; at least one.
 fn all<T: PemObject>(file: &Path) -> Result<Vec<T>> {
     let objects = T::pem_file_iter(file)
-        .and_then(|objects| objects.collect::<std::result::Result<Vec<T>, _>>())
+        .and_then(Iterator::collect::<std::result::Result<Vec<T>, _>>)
         .map_err(|error| unreadable(error, file, "certificates"))?;
     if objects.is_empty() {
         return Err(Error::corrupt("nothing of its kind is in this PEM file").in_file(file));
