@@ -19,7 +19,7 @@ readonly TEST=(
     lvm2:lvm mdadm:mdadm cryptsetup-bin:cryptsetup
     fdisk:sfdisk gdisk:sgdisk util-linux:unshare
     busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4 bzip2:bzip2
-    libnbd-bin:nbdinfo nbdkit:nbdkit
+    libnbd-bin:nbdinfo nbdkit:nbdkit fio:fio
     python3-libvhdi:/usr/share/doc/python3-libvhdi/copyright
 )
 readonly FUZZ=(g++:g++)

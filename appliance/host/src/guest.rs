@@ -616,10 +616,9 @@ fn describe(index: usize, drive: &Drive) -> (Export, SpecDisk) {
         durable: drive.durable,
     };
     let export = Export {
-        name: export,
         description: disk_name(index),
-        device: Arc::clone(&drive.device),
         read_only: drive.read_only,
+        ..Export::new(export, Arc::clone(&drive.device))
     };
     (export, disk)
 }

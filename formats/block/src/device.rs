@@ -112,6 +112,12 @@ pub trait BlockDevice: Debug + Send + Sync {
     /// As [`Self::write_at`].
     fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()>;
 
+    /// Whether [`Self::write_zeroes`] would be much quicker than to write zeroes: by a change
+    /// of metadata. `false` is always right.
+    fn zeroes_quickly(&self, _span: Span, _mode: Zeroing) -> bool {
+        false
+    }
+
     /// Forgets the contents of `span`: a hint, what it reads as afterwards is undefined.
     ///
     /// Devices that cannot discard do nothing.
@@ -200,6 +206,9 @@ macro_rules! forward {
             }
             fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
                 (**self).write_zeroes(span, mode)
+            }
+            fn zeroes_quickly(&self, span: Span, mode: Zeroing) -> bool {
+                (**self).zeroes_quickly(span, mode)
             }
             fn discard(&self, span: Span) -> Result<()> { (**self).discard(span) }
             fn extent_at(&self, offset: u64) -> Result<Extent> { (**self).extent_at(offset) }

@@ -3,7 +3,7 @@
 
 mod counter;
 
-pub use counter::{LatencyClass, OperationStatistics, Statistics};
+pub use counter::{LatencyClass, OperationCounter, OperationStatistics, Statistics};
 
 use crate::{
     Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, Result, Span,
@@ -87,6 +87,10 @@ impl<D: BlockDevice> BlockDevice for Measured<D> {
 
     fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
         self.counters.zeroes.time(span.len, || self.device.write_zeroes(span, mode))
+    }
+
+    fn zeroes_quickly(&self, span: Span, mode: Zeroing) -> bool {
+        self.device.zeroes_quickly(span, mode)
     }
 
     fn discard(&self, span: Span) -> Result<()> {

@@ -70,6 +70,10 @@ impl BlockDevice for Slice {
         self.device.write_zeroes(self.outer(span)?, mode)
     }
 
+    fn zeroes_quickly(&self, span: Span, mode: Zeroing) -> bool {
+        self.outer(span).is_ok_and(|outer| self.device.zeroes_quickly(outer, mode))
+    }
+
     fn discard(&self, span: Span) -> Result<()> {
         self.device.discard(self.outer(span)?)
     }

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What a server offers: devices by name, and what clients did with them.
 
+use crate::context::LONGEST_BITMAP;
+use crate::reply::Framing;
+use crate::statistics::{Counters, Statistics};
 use crate::wire::{MAX_STRING, export_flag};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::fmt::Debug;
 use std::sync::{Arc, PoisonError, RwLock};
 use tranship_block::{BlockDevice, Error, Result};
 
@@ -17,68 +20,51 @@ pub struct Export {
     pub device: Arc<dyn BlockDevice>,
     /// Refuses writes even where the device would take them.
     pub read_only: bool,
+    /// Tells clients that they may use several connections at once.
+    ///
+    /// The promise holds for every device: all connections share the one device, so a flush
+    /// covers the writes of all, and a read sees them.
+    pub shared: bool,
+    /// Offers the context `qemu:allocation-depth`: from which layer of a chain of images
+    /// the bytes come.
+    pub depth: bool,
+    /// Offered as contexts `qemu:dirty-bitmap:NAME`.
+    pub bitmaps: Vec<ExportedBitmap>,
 }
 
-/// What clients did with an export since it was added.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Statistics {
-    /// Connections that chose the export.
-    pub connections: u64,
-    /// Read requests.
-    pub reads: u64,
-    /// Bytes that they asked for, holes included.
-    pub bytes_read: u64,
-    /// Write requests.
-    pub writes: u64,
-    /// Bytes that they brought.
-    pub bytes_written: u64,
-    /// Requests to zero or to trim.
-    pub zeroes: u64,
-    /// Bytes that they named.
-    pub bytes_zeroed: u64,
-    /// Flush requests.
-    pub flushes: u64,
-    /// Block status requests.
-    pub statuses: u64,
-    /// Requests of any kind that were answered with an error.
-    pub errors: u64,
-}
-
-#[derive(Debug, Default)]
-pub(crate) struct Counters {
-    pub(crate) connections: AtomicU64,
-    pub(crate) reads: AtomicU64,
-    pub(crate) bytes_read: AtomicU64,
-    pub(crate) writes: AtomicU64,
-    pub(crate) bytes_written: AtomicU64,
-    pub(crate) zeroes: AtomicU64,
-    pub(crate) bytes_zeroed: AtomicU64,
-    pub(crate) flushes: AtomicU64,
-    pub(crate) statuses: AtomicU64,
-    pub(crate) errors: AtomicU64,
-}
-
-impl Counters {
-    fn read(&self) -> Statistics {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Statistics {
-            connections: get(&self.connections),
-            reads: get(&self.reads),
-            bytes_read: get(&self.bytes_read),
-            writes: get(&self.writes),
-            bytes_written: get(&self.bytes_written),
-            zeroes: get(&self.zeroes),
-            bytes_zeroed: get(&self.bytes_zeroed),
-            flushes: get(&self.flushes),
-            statuses: get(&self.statuses),
-            errors: get(&self.errors),
+impl Export {
+    /// `device` as it is, under `name`: writable if it is, shared, without a description.
+    pub fn new(name: impl Into<String>, device: Arc<dyn BlockDevice>) -> Self {
+        Self {
+            name: name.into(),
+            description: String::new(),
+            device,
+            read_only: false,
+            shared: true,
+            depth: false,
+            bitmaps: Vec::new(),
         }
     }
 }
 
-/// Adds to a counter that orders nothing.
-pub(crate) fn count(counter: &AtomicU64, more: u64) {
-    counter.fetch_add(more, Ordering::Relaxed);
+/// A record of which parts of a disk have changed.
+pub trait DirtyBitmap: Debug + Send + Sync {
+    /// Whether the bytes from `offset` onward are dirty, and for how many bytes that holds;
+    /// never 0.
+    ///
+    /// # Errors
+    ///
+    /// A bitmap that cannot be read.
+    fn dirty_at(&self, offset: u64) -> Result<(bool, u64)>;
+}
+
+/// A bitmap under a name.
+#[derive(Clone, Debug)]
+pub struct ExportedBitmap {
+    /// What follows `qemu:dirty-bitmap:`; not empty, at most 4078 bytes.
+    pub name: String,
+    /// The record.
+    pub bitmap: Arc<dyn DirtyBitmap>,
 }
 
 /// An export together with its counters; connections keep it alive.
@@ -93,24 +79,25 @@ impl Served {
         self.export.read_only || self.export.device.is_read_only()
     }
 
-    /// The transmission flags for a client that has negotiated structured replies or not.
-    ///
-    /// CAN_MULTI_CONN is true of every [`BlockDevice`]: all connections share the one
-    /// device, so a flush covers the writes of all and a read sees them.
-    pub(crate) fn flags(&self, structured: bool) -> u16 {
+    /// The transmission flags for a client that has negotiated `framing`.
+    pub(crate) fn flags(&self, framing: Framing) -> u16 {
         let mut flags = export_flag::HAS_FLAGS
             | export_flag::SEND_FLUSH
             | export_flag::SEND_FUA
-            | export_flag::CAN_MULTI_CONN;
+            | export_flag::SEND_CACHE;
         flags |= if self.is_read_only() {
             export_flag::READ_ONLY
         } else {
-            export_flag::SEND_TRIM | export_flag::SEND_WRITE_ZEROES
+            export_flag::SEND_TRIM | export_flag::SEND_WRITE_ZEROES | export_flag::SEND_FAST_ZERO
         };
-        if structured {
-            flags |= export_flag::SEND_DF;
+        if self.export.shared {
+            flags |= export_flag::CAN_MULTI_CONN;
         }
-        flags
+        match framing {
+            Framing::Simple => flags,
+            Framing::Structured => flags | export_flag::SEND_DF,
+            Framing::Extended => flags | export_flag::SEND_DF | export_flag::BLOCK_STATUS_PAYLOAD,
+        }
     }
 }
 
@@ -126,6 +113,15 @@ impl Exports {
                 return Err(Error::usage(format!(
                     "export {what} of {} bytes, expected at most {MAX_STRING} without NUL",
                     text.len()
+                )));
+            }
+        }
+        for bitmap in &export.bitmaps {
+            let name = &bitmap.name;
+            if name.is_empty() || name.len() > LONGEST_BITMAP || name.contains('\0') {
+                return Err(Error::usage(format!(
+                    "bitmap name of {} bytes, expected 1 to {LONGEST_BITMAP} without NUL",
+                    name.len()
                 )));
             }
         }
@@ -163,7 +159,9 @@ impl Exports {
 
     pub(crate) fn statistics(&self, name: &str) -> Option<Statistics> {
         let list = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        list.iter().find(|served| served.export.name == name).map(|served| served.counters.read())
+        list.iter()
+            .find(|served| served.export.name == name)
+            .map(|served| served.counters.snapshot())
     }
 }
 
@@ -173,12 +171,7 @@ mod tests {
     use tranship_block::MemoryDevice;
 
     fn export(name: &str, len: usize) -> Export {
-        Export {
-            name: name.to_owned(),
-            description: String::new(),
-            device: Arc::new(MemoryDevice::new(vec![0; len])),
-            read_only: false,
-        }
+        Export::new(name, Arc::new(MemoryDevice::new(vec![0; len])))
     }
 
     #[test]
@@ -207,8 +200,12 @@ mod tests {
         let exports = Exports::default();
         exports.add(export("a", 1)).unwrap();
         exports.add(Export { read_only: true, ..export("r", 1) }).unwrap();
-        assert_eq!(exports.find("a").unwrap().flags(false), 0x16d);
-        assert_eq!(exports.find("a").unwrap().flags(true), 0x1ed);
-        assert_eq!(exports.find("r").unwrap().flags(true), 0x18f);
+        exports.add(Export { shared: false, ..export("s", 1) }).unwrap();
+        let flags = |name, framing| exports.find(name).unwrap().flags(framing);
+        assert_eq!(flags("a", Framing::Simple), 0xd6d);
+        assert_eq!(flags("a", Framing::Structured), 0xded);
+        assert_eq!(flags("a", Framing::Extended), 0x1ded);
+        assert_eq!(flags("r", Framing::Structured), 0x58f);
+        assert_eq!(flags("s", Framing::Simple), 0xc6d);
     }
 }

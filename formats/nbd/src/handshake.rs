@@ -4,25 +4,37 @@
 //! It reads exactly what it needs and never ahead, so that a stream can be handed to
 //! TLS or to the transmission phase between any two options.
 
+use crate::context::Context;
 use crate::export::{Exports, Served};
 use crate::limits::Limits;
 use crate::option::{InfoRequest, MetaRequest, text};
+use crate::reply::Framing;
+use crate::request::context_id;
 use crate::wire::{
-    MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, SERVER_MAGIC, allocation, handshake, info,
-    option, option_reply, truncated,
+    MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, SERVER_MAGIC, handshake, info, option,
+    option_reply, truncated,
 };
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tranship_block::{BigEndian, Error, ErrorKind, Result};
 
 /// What client and server agreed on.
 #[derive(Debug)]
 pub(crate) struct Agreed {
     pub(crate) served: Arc<Served>,
-    /// Replies come in chunks.
-    pub(crate) structured: bool,
-    /// The client may ask for block status of `base:allocation`.
-    pub(crate) allocation: bool,
+    pub(crate) framing: Framing,
+    /// What the client may ask for as block status.
+    pub(crate) contexts: Vec<Context>,
+}
+
+/// What a server offers, and whether it still does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Offer<'a> {
+    pub(crate) exports: &'a Exports,
+    pub(crate) limits: &'a Limits,
+    /// The server is about to end.
+    pub(crate) stopping: &'a AtomicBool,
 }
 
 /// Leads the handshake on `stream`. `None` if the client left in good order.
@@ -33,8 +45,7 @@ pub(crate) struct Agreed {
 /// more can be said to it and the stream has to be closed.
 pub(crate) fn negotiate(
     stream: &mut (impl Read + Write),
-    exports: &Exports,
-    limits: &Limits,
+    offer: Offer<'_>,
 ) -> Result<Option<Agreed>> {
     let offered = handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES;
     let mut greeting = Vec::with_capacity(18);
@@ -49,15 +60,15 @@ pub(crate) fn negotiate(
     let fixed = flags & u32::from(handshake::FIXED_NEWSTYLE) != 0;
     let zeroes = flags & u32::from(handshake::NO_ZEROES) == 0;
     let mut negotiation =
-        Negotiation { stream, exports, limits, zeroes, structured: false, selected: None };
-    for _ in 0..limits.options {
+        Negotiation { stream, offer, zeroes, framing: Framing::Simple, selected: None };
+    for _ in 0..offer.limits.options {
         match negotiation.next_option(fixed)? {
             Step::Next => {}
             Step::Left => return Ok(None),
             Step::Agreed(agreed) => return Ok(Some(agreed)),
         }
     }
-    Err(Error::corrupt(format!("client sent {} options without choosing", limits.options)))
+    Err(Error::corrupt(format!("client sent {} options without choosing", offer.limits.options)))
 }
 
 fn send(stream: &mut impl Write, bytes: &[u8]) -> Result<()> {
@@ -80,13 +91,19 @@ enum Step {
 
 struct Negotiation<'a, S> {
     stream: &'a mut S,
-    exports: &'a Exports,
-    limits: &'a Limits,
+    offer: Offer<'a>,
     /// Whether EXPORT_NAME is answered with padding.
     zeroes: bool,
-    structured: bool,
-    /// The export for which the last SET_META_CONTEXT selected `base:allocation`.
-    selected: Option<String>,
+    framing: Framing,
+    selected: Option<Selected>,
+}
+
+/// What the last SET_META_CONTEXT selected.
+struct Selected {
+    /// As the client said it.
+    name: String,
+    served: Arc<Served>,
+    contexts: Vec<Context>,
 }
 
 impl<S: Read + Write> Negotiation<'_, S> {
@@ -106,16 +123,20 @@ impl<S: Read + Write> Negotiation<'_, S> {
                 "option {number} from a client without fixed newstyle"
             )));
         }
-        if len > self.limits.option_payload {
+        if len > self.offer.limits.option_payload {
             return Err(Error::corrupt(format!(
                 "option {number} carries {len} bytes, expected at most {}",
-                self.limits.option_payload
+                self.offer.limits.option_payload
             )));
         }
         let mut data = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         self.stream
             .read_exact(&mut data)
             .map_err(|error| Error::io("cannot receive from the client", error))?;
+        if self.offer.stopping.load(Ordering::Relaxed) && number != option::ABORT {
+            self.refuse(number, option_reply::ERR_SHUTDOWN, "server is shutting down")?;
+            return Ok(Step::Next);
+        }
         match number {
             option::EXPORT_NAME => return self.export_name(&data),
             option::ABORT => {
@@ -124,12 +145,23 @@ impl<S: Read + Write> Negotiation<'_, S> {
             }
             option::LIST => self.list(&data)?,
             option::INFO | option::GO => return self.info(number, &data),
-            option::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
-                self.reply(number, option_reply::ACK, &[])?;
+            option::STRUCTURED_REPLY | option::EXTENDED_HEADERS if !data.is_empty() => {
+                self.refuse(number, option_reply::ERR_INVALID, "option takes no data")?;
+            }
+            option::STRUCTURED_REPLY if self.framing == Framing::Extended => {
+                let text = "extended headers are in force already";
+                self.refuse(number, option_reply::ERR_EXT_HEADER_REQD, text)?;
             }
             option::STRUCTURED_REPLY => {
-                self.refuse(number, option_reply::ERR_INVALID, "option takes no data")?;
+                self.framing = Framing::Structured;
+                self.reply(number, option_reply::ACK, &[])?;
+            }
+            option::EXTENDED_HEADERS => {
+                self.framing = Framing::Extended;
+                self.reply(number, option_reply::ACK, &[])?;
+            }
+            option::STARTTLS => {
+                self.refuse(number, option_reply::ERR_UNSUP, "server has no TLS")?;
             }
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta(number, &data)?,
             _ => self.refuse(number, option_reply::ERR_UNSUP, "unknown option")?,
@@ -154,14 +186,17 @@ impl<S: Read + Write> Negotiation<'_, S> {
     }
 
     fn export_name(&mut self, data: &[u8]) -> Result<Step> {
+        if self.framing == Framing::Extended {
+            return Err(Error::corrupt("client uses EXPORT_NAME after EXTENDED_HEADERS"));
+        }
         let name = text("export name", data)?;
-        let served = self.exports.find(name).ok_or_else(|| {
+        let served = self.offer.exports.find(name).ok_or_else(|| {
             // There is no way to tell the client: this option has no error reply.
             Error::new(ErrorKind::NotFound, format!("client asks for unknown export {name:?}"))
         })?;
         let mut bytes = Vec::with_capacity(134);
         bytes.extend(served.export.device.size().to_be_bytes());
-        bytes.extend(served.flags(self.structured).to_be_bytes());
+        bytes.extend(served.flags(self.framing).to_be_bytes());
         if self.zeroes {
             bytes.extend([0; 124]);
         }
@@ -170,15 +205,20 @@ impl<S: Read + Write> Negotiation<'_, S> {
     }
 
     fn agreed(&self, served: Arc<Served>, name: &str) -> Agreed {
-        let allocation = self.selected.as_deref() == Some(name);
-        Agreed { served, structured: self.structured, allocation }
+        // The name has to be the same one, and an export may have been replaced meanwhile.
+        let contexts = self
+            .selected
+            .as_ref()
+            .filter(|selected| selected.name == name && Arc::ptr_eq(&selected.served, &served));
+        let contexts = contexts.map_or_else(Vec::new, |selected| selected.contexts.clone());
+        Agreed { served, framing: self.framing, contexts }
     }
 
     fn list(&mut self, data: &[u8]) -> Result<()> {
         if !data.is_empty() {
             return self.refuse(option::LIST, option_reply::ERR_INVALID, "option takes no data");
         }
-        for served in self.exports.all() {
+        for served in self.offer.exports.all() {
             let mut entry = Vec::new();
             let name = &served.export.name;
             entry.extend(u32::try_from(name.len()).unwrap_or(u32::MAX).to_be_bytes());
@@ -197,20 +237,20 @@ impl<S: Read + Write> Negotiation<'_, S> {
                 return Ok(Step::Next);
             }
         };
-        let Some(served) = self.exports.find(request.name) else {
+        let Some(served) = self.offer.exports.find(request.name) else {
             self.refuse(number, option_reply::ERR_UNKNOWN, "no export of this name")?;
             return Ok(Step::Next);
         };
         let export = &served.export;
         let mut payload = info::EXPORT.to_be_bytes().to_vec();
         payload.extend(export.device.size().to_be_bytes());
-        payload.extend(served.flags(self.structured).to_be_bytes());
+        payload.extend(served.flags(self.framing).to_be_bytes());
         self.reply(number, option_reply::INFO, &payload)?;
         // Block sizes go to everybody: a client that did not ask may ignore them.
         let mut payload = info::BLOCK_SIZE.to_be_bytes().to_vec();
         payload.extend(1u32.to_be_bytes());
         payload.extend(preferred_block(export.device.preferred_block()).to_be_bytes());
-        payload.extend(self.limits.payload.to_be_bytes());
+        payload.extend(self.offer.limits.payload.to_be_bytes());
         self.reply(number, option_reply::INFO, &payload)?;
         for (kind, text) in [(info::NAME, &export.name), (info::DESCRIPTION, &export.description)] {
             if request.kinds.contains(&kind) {
@@ -231,37 +271,38 @@ impl<S: Read + Write> Negotiation<'_, S> {
         if select {
             // The earlier selection is gone even if this one fails.
             self.selected = None;
-            if !self.structured {
+            if self.framing == Framing::Simple {
                 let text = "metadata contexts need structured replies";
                 return self.refuse(number, option_reply::ERR_INVALID, text);
             }
         }
-        let request = match MetaRequest::parse(data, self.limits.queries) {
+        let request = match MetaRequest::parse(data, self.offer.limits.queries) {
             Ok(request) => request,
             Err(error) => {
                 return self.refuse(number, option_reply::ERR_INVALID, error.message());
             }
         };
-        if request.count > self.limits.queries {
+        if request.count > self.offer.limits.queries {
             return self.refuse(number, option_reply::ERR_TOO_BIG, "too many queries");
         }
-        if self.exports.find(request.name).is_none() {
+        let Some(served) = self.offer.exports.find(request.name) else {
             return self.refuse(number, option_reply::ERR_UNKNOWN, "no export of this name");
-        }
-        let all = !select && request.queries.is_empty();
-        let wanted = all
-            || request
-                .queries
-                .iter()
-                .any(|query| *query == allocation::NAME || (!select && *query == "base:"));
-        if wanted {
+        };
+        let export = &served.export;
+        let contexts = if select {
+            Context::selected(export, &request.queries)
+        } else {
+            Context::listed(export, &request.queries)
+        };
+        for (place, context) in contexts.iter().enumerate() {
             // The number means something only where the context is selected.
-            let id = if select { allocation::ID } else { 0 };
-            let payload = [&id.to_be_bytes()[..], allocation::NAME.as_bytes()].concat();
+            let id = if select { context_id(place) } else { 0 };
+            let payload = [&id.to_be_bytes()[..], context.name(export).as_bytes()].concat();
             self.reply(number, option_reply::META_CONTEXT, &payload)?;
         }
-        if select && wanted {
-            self.selected = Some(request.name.to_owned());
+        if select {
+            let name = request.name.to_owned();
+            self.selected = Some(Selected { name, served, contexts });
         }
         self.reply(number, option_reply::ACK, &[])
     }

@@ -17,7 +17,8 @@ pub struct Limits {
     pub queries: u32,
     /// Connections at the same time; further clients wait to be greeted.
     pub connections: usize,
-    /// Connections in the handshake at the same time; further clients wait.
+    /// Connections in the handshake at the same time; further clients wait, or take the
+    /// place of the one that has been at it longest, if that is longer than a second.
     pub handshakes: usize,
     /// Bytes of one read or write request; at least 1 MiB.
     pub payload: u32,
@@ -25,8 +26,11 @@ pub struct Limits {
     pub requests: usize,
     /// Bytes of payload in memory for one connection.
     pub connection_bytes: u64,
-    /// Bytes of payload in memory for the whole server.
+    /// Bytes of payload in memory for the whole server. Half of it is divided evenly
+    /// among the connections, so that none can take everything from the others.
     pub server_bytes: u64,
+    /// How long a client may send nothing in the middle of a request before it is cut off.
+    pub receive_stall: Duration,
     /// How long a client may take nothing of a reply before it is cut off.
     pub send_stall: Duration,
     /// Extents in one block status reply.
@@ -43,11 +47,12 @@ impl Default for Limits {
             option_payload: 256 << 10,
             queries: 64,
             connections: 100,
-            handshakes: 16,
+            handshakes: 64,
             payload: 32 << 20,
-            requests: 16,
+            requests: 32,
             connection_bytes: 64 << 20,
             server_bytes: 512 << 20,
+            receive_stall: Duration::from_mins(1),
             send_stall: Duration::from_mins(1),
             status_extents: 4096,
             stop: Duration::from_secs(10),
@@ -86,6 +91,60 @@ impl Budget {
         *free = free.saturating_sub(bytes);
         Taken { budget: self, bytes }
     }
+
+    /// Takes `bytes` if they are there now.
+    fn try_take(&self, bytes: u64) -> Option<Taken<'_>> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        *free = free.checked_sub(bytes)?;
+        Some(Taken { budget: self, bytes })
+    }
+}
+
+/// The bytes of a whole server.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    common: Budget,
+    /// What each connection has for itself.
+    share: u64,
+}
+
+impl Pool {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let half = limits.server_bytes.div_euclid(2);
+        let connections = u64::try_from(limits.connections).unwrap_or(u64::MAX).max(1);
+        Self {
+            common: Budget::new(half.max(u64::from(limits.payload))),
+            share: half.div_euclid(connections),
+        }
+    }
+}
+
+/// What one connection may take, of itself and of its server.
+#[derive(Debug)]
+pub(crate) struct Purse<'a> {
+    /// Everything that it has in memory.
+    whole: Budget,
+    share: Budget,
+    pool: &'a Pool,
+}
+
+impl<'a> Purse<'a> {
+    pub(crate) fn new(limits: &Limits, pool: &'a Pool) -> Self {
+        Self {
+            whole: Budget::new(limits.connection_bytes.max(u64::from(limits.payload))),
+            share: Budget::new(pool.share),
+            pool,
+        }
+    }
+
+    /// Takes `bytes`, waiting until they are there.
+    pub(crate) fn take(&self, bytes: u64) -> Option<[Taken<'_>; 2]> {
+        (bytes > 0).then(|| {
+            let whole = self.whole.take(bytes);
+            let server = self.share.try_take(bytes).unwrap_or_else(|| self.pool.common.take(bytes));
+            [whole, server]
+        })
+    }
 }
 
 impl Drop for Taken<'_> {
@@ -112,5 +171,26 @@ mod tests {
             other.join().unwrap();
         });
         assert_eq!(*budget.free.lock().unwrap(), 10);
+    }
+
+    #[test]
+    fn a_connection_that_takes_everything_leaves_the_others_their_shares() {
+        let limits = Limits {
+            connections: 4,
+            payload: 100,
+            server_bytes: 800,
+            connection_bytes: 10_000,
+            ..Limits::default()
+        };
+        let pool = Pool::new(&limits);
+        let greedy = Purse::new(&limits, &pool);
+        let modest = Purse::new(&limits, &pool);
+        let all: Vec<_> = (0..5).map(|_| greedy.take(100).unwrap()).collect();
+        assert_eq!(*pool.common.free.lock().unwrap(), 0);
+        drop(modest.take(60));
+        drop(modest.take(100));
+        assert!(modest.take(0).is_none());
+        drop(all);
+        assert_eq!(*pool.common.free.lock().unwrap(), 400);
     }
 }

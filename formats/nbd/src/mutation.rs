@@ -2,12 +2,19 @@
 //! Both phases against damaged copies of what real clients send.
 #![allow(clippy::arithmetic_side_effects, reason = "the numbers are the test's own")]
 
+use crate::context::Context;
 use crate::export::{Export, Exports};
-use crate::handshake::{Agreed, negotiate};
-use crate::limits::{Budget, Limits};
-use crate::transmission::Connection;
-use crate::wire::{CHUNK_MAGIC, OPTION_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC};
+use crate::handshake::{Agreed, Offer, negotiate};
+use crate::limits::{Limits, Pool};
+use crate::reply::Framing;
+use crate::socket::Plain;
+use crate::transmission::{Connection, Surroundings};
+use crate::wire::{
+    CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, EXTENDED_REQUEST_MAGIC, OPTION_MAGIC, REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC,
+};
 use std::io::{self, Cursor, Read, Write};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use tranship_block::{BlockDevice, MemoryDevice};
 
@@ -80,12 +87,9 @@ fn exports() -> (Exports, Arc<MemoryDevice>) {
     bytes[300_000..400_000].fill(7);
     let device = Arc::new(MemoryDevice::new(bytes));
     let exports = Exports::default();
-    let export = Export {
-        name: "vda".to_owned(),
-        description: "a disk".to_owned(),
-        device: device.clone(),
-        read_only: false,
-    };
+    let mut export = Export::new("vda", device.clone());
+    export.description = "a disk".to_owned();
+    export.depth = true;
     exports.add(export).unwrap();
     (exports, device)
 }
@@ -96,13 +100,27 @@ fn option(number: u32, data: &[u8]) -> Vec<u8> {
     [&OPTION_MAGIC.to_be_bytes()[..], &numbers, data].concat()
 }
 
-fn request(flags: u16, command: u16, offset: u64, len: u32, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(flags.to_be_bytes());
+fn request(
+    framing: Framing,
+    flags: u16,
+    command: u16,
+    offset: u64,
+    len: u32,
+    payload: &[u8],
+) -> Vec<u8> {
+    let extended = framing == Framing::Extended;
+    let magic = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+    let carries = extended && !payload.is_empty();
+    let mut bytes = magic.to_be_bytes().to_vec();
+    bytes.extend((flags | if carries { 0x20 } else { 0 }).to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend(offset.wrapping_add(77).to_be_bytes());
     bytes.extend(offset.to_be_bytes());
-    bytes.extend(len.to_be_bytes());
+    if extended {
+        bytes.extend(u64::from(len).to_be_bytes());
+    } else {
+        bytes.extend(len.to_be_bytes());
+    }
     bytes.extend(payload);
     bytes
 }
@@ -114,6 +132,7 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
     let whole: Vec<u8> = [
         vec![0, 0, 0, 3],
         option(8, b""),
+        option(11, b""),
         option(3, b""),
         option(99, b"whatever"),
         option(9, b"\0\0\0\x03vda\0\0\0\0"),
@@ -122,9 +141,12 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
         option(7, b"\0\0\0\x03vda\0\x01\0\x03"),
     ]
     .concat();
+    let (limits, stopping) = (Limits::default(), AtomicBool::new(false));
+    let offer = Offer { exports: &exports, limits: &limits, stopping: &stopping };
     let mut script = Script(Cursor::new(whole.clone()), Vec::new());
-    let agreed = negotiate(&mut script, &exports, &Limits::default()).unwrap().unwrap();
-    assert!(agreed.structured && agreed.allocation);
+    let agreed = negotiate(&mut script, offer).unwrap().unwrap();
+    assert_eq!(agreed.framing, Framing::Extended);
+    assert_eq!(agreed.contexts, [Context::Allocation]);
     let mut dice = Dice(0x1234_5678_9abc_def1);
     let mut agreements = 0;
     for _ in 0..ROUNDS {
@@ -132,7 +154,7 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
         dice.damage(&mut bytes);
         let sent = bytes.len();
         let mut script = Script(Cursor::new(bytes), Vec::new());
-        if let Ok(Some(_)) = negotiate(&mut script, &exports, &Limits::default()) {
+        if let Ok(Some(_)) = negotiate(&mut script, offer) {
             agreements += 1;
         }
         assert!(script.1.len() <= 18 + 20 * sent, "{} bytes for {sent}", script.1.len());
@@ -143,37 +165,46 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
 #[test]
 fn damaged_requests_are_answered_with_whole_replies() {
     let (exports, device) = exports();
-    let whole: Vec<u8> = [
-        request(0, 0, 0, 1 << 20, b""),
-        request(4, 0, 299_999, 5, b""),
-        request(1, 1, 10, 4, b"data"),
-        request(0, 7, 0, 1 << 20, b""),
-        request(8, 7, 5, 1 << 19, b""),
-        request(3, 6, 4096, 4096, b""),
-        request(0, 4, 8192, 4096, b""),
-        request(0, 3, 0, 0, b""),
-        request(0, 2, 0, 0, b""),
-    ]
-    .concat();
+    let whole = |framing| {
+        let mut filter = (1_u64 << 19).to_be_bytes().to_vec();
+        filter.extend([0, 0, 0, 2]);
+        let filter = if framing == Framing::Extended { filter.as_slice() } else { b"" };
+        [
+            request(framing, 0, 0, 0, 1 << 20, b""),
+            request(framing, 4, 0, 299_999, 5, b""),
+            request(framing, 1, 1, 10, 4, b"data"),
+            request(framing, 0, 7, 0, 1 << 20, b""),
+            request(framing, 8, 7, 5, if filter.is_empty() { 1 << 19 } else { 12 }, filter),
+            request(framing, 3, 6, 4096, 4096, b""),
+            request(framing, 0, 5, 8192, 4096, b""),
+            request(framing, 0, 4, 8192, 4096, b""),
+            request(framing, 0, 3, 0, 0, b""),
+            request(framing, 0, 2, 0, 0, b""),
+        ]
+        .concat()
+    };
     let limits = Limits { requests: 2, ..Limits::default() };
+    let (pool, stopping) = (Pool::new(&limits), AtomicBool::new(false));
     let mut dice = Dice(0xfeed_5678_9abc_def1);
     let mut replies = 0;
     for round in 0..ROUNDS / 12 {
-        let mut bytes = whole.clone();
-        if round > 0 {
+        let framing = match round % 3 {
+            0 => Framing::Structured,
+            1 => Framing::Extended,
+            _ => Framing::Simple,
+        };
+        let mut bytes = whole(framing);
+        if round > 2 {
             dice.damage(&mut bytes);
         }
         let output = Output(Arc::default());
-        let agreed = Agreed {
-            served: exports.find("vda").unwrap(),
-            structured: round % 2 == 0,
-            allocation: true,
-        };
-        let budget = Budget::new(64 << 20);
-        let streams = (Cursor::new(bytes), output.clone());
-        Connection::new(streams, agreed, &limits, &budget).serve();
+        let contexts = vec![Context::Allocation, Context::Depth];
+        let agreed = Agreed { served: exports.find("vda").unwrap(), framing, contexts };
+        let streams = (Cursor::new(bytes), Plain(output.clone()));
+        let surroundings = Surroundings { limits: &limits, pool: &pool, stopping: &stopping };
+        Connection::new(streams, None, agreed, surroundings).serve();
         let sent = output.0.lock().unwrap();
-        replies += if round % 2 == 0 { whole_replies(&sent) } else { 1 };
+        replies += if framing == Framing::Simple { 1 } else { whole_replies(&sent) };
     }
     assert!(replies > 500, "{replies} replies");
     assert_eq!(device.size(), 1 << 20);
@@ -186,7 +217,8 @@ fn whole_replies(mut bytes: &[u8]) -> usize {
         let magic = u32::from_be_bytes(*bytes.first_chunk().unwrap());
         let len = match magic {
             SIMPLE_REPLY_MAGIC => 16,
-            CHUNK_MAGIC => 20 + u32::from_be_bytes(*bytes[16..].first_chunk().unwrap()),
+            CHUNK_MAGIC => 20 + u64::from(u32::from_be_bytes(*bytes[16..].first_chunk().unwrap())),
+            EXTENDED_CHUNK_MAGIC => 32 + u64::from_be_bytes(*bytes[24..].first_chunk().unwrap()),
             _ => panic!("{magic:#x} is no reply"),
         };
         bytes = &bytes[usize::try_from(len).unwrap()..];

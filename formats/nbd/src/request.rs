@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! From the 28 bytes of a request to a command that is safe to carry out.
+//! From the header of a request to a command that is safe to carry out.
 
-use crate::wire::{Errno, REQUEST_MAGIC, command, command_flag};
+use crate::reply::Framing;
+use crate::wire::{EXTENDED_REQUEST_MAGIC, Errno, REQUEST_MAGIC, command, command_flag};
 use tranship_block::{BigEndian, Error, Result, Span, Zeroing};
 
 /// The fields of a request, not yet checked.
@@ -11,19 +12,25 @@ pub(crate) struct Header {
     pub(crate) command: u16,
     pub(crate) cookie: u64,
     pub(crate) offset: u64,
-    pub(crate) len: u32,
+    /// Of the range that the request is about, or of the payload behind the header.
+    pub(crate) len: u64,
 }
 
 impl Header {
-    pub(crate) const BYTES: usize = 28;
+    /// Bytes of a header.
+    pub(crate) fn bytes(framing: Framing) -> usize {
+        if framing == Framing::Extended { 32 } else { 28 }
+    }
 
     /// Reads the fields; only the magic can be wrong.
-    pub(crate) fn parse(raw: &[u8; Self::BYTES]) -> Result<Self> {
+    pub(crate) fn parse(raw: &[u8], framing: Framing) -> Result<Self> {
+        let extended = framing == Framing::Extended;
         let fields = BigEndian(raw, "request");
         let magic = fields.u32("magic", 0)?;
-        if magic != REQUEST_MAGIC {
+        let expected = if extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
+        if magic != expected {
             return Err(Error::corrupt(format!(
-                "request magic is {magic:#x}, expected {REQUEST_MAGIC:#x}"
+                "request magic is {magic:#x}, expected {expected:#x}"
             )));
         }
         Ok(Self {
@@ -31,13 +38,21 @@ impl Header {
             command: fields.u16("type", 6)?,
             cookie: fields.u64("cookie", 8)?,
             offset: fields.u64("offset", 16)?,
-            len: fields.u32("length", 24)?,
+            len: if extended {
+                fields.u64("length", 24)?
+            } else {
+                u64::from(fields.u32("length", 24)?)
+            },
         })
     }
 
     /// How many bytes follow the header.
-    pub(crate) fn payload(&self) -> u32 {
-        if self.command == command::WRITE { self.len } else { 0 }
+    pub(crate) fn payload(&self, framing: Framing) -> u64 {
+        let carries = match framing {
+            Framing::Extended => self.flags & command_flag::PAYLOAD_LEN != 0,
+            Framing::Simple | Framing::Structured => self.command == command::WRITE,
+        };
+        if carries { self.len } else { 0 }
     }
 }
 
@@ -47,10 +62,9 @@ pub(crate) struct Terms {
     /// Bytes of the export.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
-    /// Reads are answered in chunks.
-    pub(crate) structured: bool,
-    /// The client selected `base:allocation`.
-    pub(crate) allocation: bool,
+    pub(crate) framing: Framing,
+    /// How many metadata contexts the client selected.
+    pub(crate) contexts: usize,
     /// Longest read or write in bytes.
     pub(crate) payload: u32,
 }
@@ -58,13 +72,72 @@ pub(crate) struct Terms {
 /// A request that may be carried out: its span lies within the export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    Read { span: Span, one_chunk: bool },
-    Write { span: Span, durable: bool },
+    Read {
+        span: Span,
+        one_chunk: bool,
+    },
+    Write {
+        span: Span,
+        durable: bool,
+    },
     Flush,
-    Trim { span: Span, durable: bool },
-    Zero { span: Span, mode: Zeroing, durable: bool },
-    Status { span: Span, one_extent: bool },
+    Trim {
+        span: Span,
+        durable: bool,
+    },
+    Zero {
+        span: Span,
+        mode: Zeroing,
+        durable: bool,
+        /// Not at all rather than slowly.
+        fast: bool,
+    },
+    Cache {
+        span: Span,
+    },
+    Status {
+        span: Span,
+        one_extent: bool,
+        contexts: Selection,
+    },
+    /// Block status of which the payload, of this many bytes, tells the rest.
+    FilteredStatus {
+        payload: u64,
+    },
     Disconnect,
+}
+
+/// Some of the contexts that a client selected, as one bit each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Selection(u64);
+
+impl Selection {
+    /// The first `count` contexts, that is all of them.
+    fn all(count: usize) -> Self {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        Self(u64::MAX.checked_shl(count).map_or(u64::MAX, |rest| !rest))
+    }
+
+    /// Adds a context. False if it was there before.
+    fn add(&mut self, place: usize) -> bool {
+        let bit = u32::try_from(place).ok().and_then(|place| 1_u64.checked_shl(place));
+        let bit = bit.unwrap_or_default();
+        let new = bit != 0 && self.0 & bit == 0;
+        self.0 |= bit;
+        new
+    }
+
+    /// The places of the contexts.
+    pub(crate) fn places(self) -> impl Iterator<Item = usize> {
+        (0..64)
+            .filter(move |place| self.0.checked_shr(*place).is_some_and(|rest| rest & 1 == 1))
+            .filter_map(|place| usize::try_from(place).ok())
+    }
+}
+
+/// The number by which requests and replies name the context at `place`.
+pub(crate) fn context_id(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX).saturating_add(1)
 }
 
 /// An answer that needs no device.
@@ -82,30 +155,36 @@ impl Terms {
     /// Decides what a request asks for, or why it is refused.
     pub(crate) fn admit(&self, header: &Header) -> std::result::Result<Command, Refusal> {
         let Header { flags, offset, len, .. } = *header;
+        let extended = self.framing == Framing::Extended;
+        let payload_len = if extended { command_flag::PAYLOAD_LEN } else { 0 };
         let allowed = match header.command {
-            command::READ if self.structured => command_flag::FUA | command_flag::DF,
-            command::WRITE_ZEROES => command_flag::FUA | command_flag::NO_HOLE,
-            command::BLOCK_STATUS => command_flag::FUA | command_flag::REQ_ONE,
+            command::READ if self.framing != Framing::Simple => command_flag::DF,
+            command::WRITE => payload_len,
+            command::WRITE_ZEROES => command_flag::NO_HOLE | command_flag::FAST_ZERO,
+            command::BLOCK_STATUS => command_flag::REQ_ONE | payload_len,
             command::DISC => u16::MAX,
-            _ => command_flag::FUA,
-        };
+            _ => 0,
+        } | command_flag::FUA;
         if flags & !allowed != 0 {
             return refuse(Errno::Invalid, "request has a flag that was not offered");
         }
         let durable = flags & command_flag::FUA != 0;
-        let span = Span::new(offset, u64::from(len));
+        let span = Span::new(offset, len);
         match header.command {
             command::DISC => Ok(Command::Disconnect),
             command::READ => {
                 self.within(span, Errno::Invalid)?;
-                if len > self.payload {
+                if len > u64::from(self.payload) {
                     return refuse(Errno::Overflow, "read is longer than the payload limit");
                 }
                 Ok(Command::Read { span, one_chunk: flags & command_flag::DF != 0 })
             }
             command::WRITE => {
+                if extended && flags & payload_len == 0 {
+                    return refuse(Errno::Invalid, "write does not say that it has a payload");
+                }
                 self.writable()?;
-                if len > self.payload {
+                if len > u64::from(self.payload) {
                     return refuse(Errno::Invalid, "write is longer than the payload limit");
                 }
                 self.within(span, Errno::NoSpace)?;
@@ -120,25 +199,74 @@ impl Terms {
                 self.within(span, Errno::Invalid)?;
                 Ok(Command::Trim { span, durable })
             }
+            command::CACHE => {
+                self.within(span, Errno::Invalid)?;
+                Ok(Command::Cache { span })
+            }
             command::WRITE_ZEROES => {
                 self.writable()?;
                 self.within(span, Errno::NoSpace)?;
                 let keep = flags & command_flag::NO_HOLE != 0;
                 let mode = if keep { Zeroing::KeepAllocated } else { Zeroing::MayUnmap };
-                Ok(Command::Zero { span, mode, durable })
+                let fast = flags & command_flag::FAST_ZERO != 0;
+                Ok(Command::Zero { span, mode, durable, fast })
             }
-            command::BLOCK_STATUS => {
-                if !self.allocation {
-                    return refuse(Errno::Invalid, "no metadata context was negotiated");
-                }
-                if len == 0 {
-                    return refuse(Errno::Invalid, "block status needs a length");
-                }
-                self.within(span, Errno::Invalid)?;
-                Ok(Command::Status { span, one_extent: flags & command_flag::REQ_ONE != 0 })
-            }
+            command::BLOCK_STATUS => self.status(header),
             _ => refuse(Errno::Invalid, "unknown command"),
         }
+    }
+
+    fn status(&self, header: &Header) -> std::result::Result<Command, Refusal> {
+        if self.contexts == 0 {
+            return refuse(Errno::Invalid, "no metadata context was negotiated");
+        }
+        if header.flags & command_flag::PAYLOAD_LEN != 0 {
+            // A length, and each context at most once.
+            let most = self.contexts.saturating_mul(4).saturating_add(8);
+            if header.len > u64::try_from(most).unwrap_or(u64::MAX) {
+                return refuse(Errno::Invalid, "more contexts than were negotiated");
+            }
+            return Ok(Command::FilteredStatus { payload: header.len });
+        }
+        self.status_of(header, header.len, Selection::all(self.contexts))
+    }
+
+    /// Decides on a block status request with a payload.
+    pub(crate) fn filtered(
+        &self,
+        header: &Header,
+        payload: &[u8],
+    ) -> std::result::Result<Command, Refusal> {
+        let invalid = Refusal { errno: Errno::Invalid, text: "payload is not valid" };
+        let (len, ids) = payload.split_first_chunk().ok_or(invalid)?;
+        let (ids, rest) = ids.as_chunks();
+        if ids.is_empty() || !rest.is_empty() {
+            return Err(invalid);
+        }
+        let mut contexts = Selection(0);
+        for id in ids {
+            let place = usize::try_from(u32::from_be_bytes(*id)).unwrap_or(usize::MAX);
+            let place = place.checked_sub(1).filter(|place| *place < self.contexts);
+            if !place.is_some_and(|place| contexts.add(place)) {
+                return refuse(Errno::Invalid, "payload has an unknown or repeated context");
+            }
+        }
+        self.status_of(header, u64::from_be_bytes(*len), contexts)
+    }
+
+    fn status_of(
+        &self,
+        header: &Header,
+        len: u64,
+        contexts: Selection,
+    ) -> std::result::Result<Command, Refusal> {
+        if len == 0 {
+            return refuse(Errno::Invalid, "block status needs a length");
+        }
+        let span = Span::new(header.offset, len);
+        self.within(span, Errno::Invalid)?;
+        let one_extent = header.flags & command_flag::REQ_ONE != 0;
+        Ok(Command::Status { span, one_extent, contexts })
     }
 
     fn writable(&self) -> std::result::Result<(), Refusal> {
@@ -158,30 +286,35 @@ mod tests {
     const TERMS: Terms = Terms {
         size: 1000,
         read_only: false,
-        structured: true,
-        allocation: true,
+        framing: Framing::Structured,
+        contexts: 1,
         payload: 32 << 20,
     };
 
-    fn errno(terms: &Terms, command: u16, flags: u16, offset: u64, len: u32) -> u32 {
+    fn errno(terms: &Terms, command: u16, flags: u16, offset: u64, len: u64) -> u32 {
         let header = Header { flags, command, cookie: 7, offset, len };
         terms.admit(&header).map_or_else(|refusal| refusal.errno.number(), |_| 0)
     }
 
     #[test]
     fn a_header_is_taken_apart() {
-        let mut raw = [0; Header::BYTES];
+        let mut raw = [0; 32];
         raw[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         raw[5] = 1;
         raw[7] = 6;
         raw[15] = 9;
         raw[23] = 5;
         raw[27] = 4;
-        let header = Header::parse(&raw).unwrap();
-        assert_eq!(header, Header { flags: 1, command: 6, cookie: 9, offset: 5, len: 4 });
+        let mut expected = Header { flags: 1, command: 6, cookie: 9, offset: 5, len: 4 };
+        assert_eq!(Header::parse(&raw[..28], Framing::Simple).unwrap(), expected);
+        assert!(Header::parse(&raw[..27], Framing::Simple).is_err());
+        assert!(Header::parse(&raw, Framing::Extended).is_err());
+        raw[..4].copy_from_slice(&EXTENDED_REQUEST_MAGIC.to_be_bytes());
+        expected.len = 4 << 32;
+        assert_eq!(Header::parse(&raw, Framing::Extended).unwrap(), expected);
         raw[0] = 0;
-        let text = Header::parse(&raw).unwrap_err().to_string();
-        assert_eq!(text, "request magic is 0x609513, expected 0x25609513");
+        let text = Header::parse(&raw, Framing::Structured).unwrap_err().to_string();
+        assert_eq!(text, "request magic is 0xe41c71, expected 0x25609513");
     }
 
     #[test]
@@ -194,7 +327,7 @@ mod tests {
             (command::WRITE_ZEROES, [0, 0, 28, 28]),
             (command::BLOCK_STATUS, [22, 0, 22, 22]),
             (command::FLUSH, [22, 22, 22, 22]),
-            (5, [22; 4]),
+            (command::CACHE, [0, 0, 22, 22]),
             (8, [22; 4]),
             (u16::MAX, [22; 4]),
         ];
@@ -217,12 +350,80 @@ mod tests {
                 assert_eq!(errno(&TERMS, command, 1 << bit, 0, 1), expected, "{command} {bit}");
             }
         }
-        assert_eq!(errno(&TERMS, command::WRITE_ZEROES, 0x3, 0, 1), 0);
-        assert_eq!(errno(&TERMS, command::WRITE_ZEROES, 0x10, 0, 1), 22);
+        assert_eq!(errno(&TERMS, command::WRITE_ZEROES, 0x13, 0, 1), 0);
+        assert_eq!(errno(&TERMS, command::WRITE_ZEROES, 0x20, 0, 1), 22);
+        assert_eq!(errno(&TERMS, command::CACHE, 0x2, 0, 1), 22);
         assert_eq!(errno(&TERMS, command::BLOCK_STATUS, 0x9, 0, 1), 0);
-        let simple = Terms { structured: false, allocation: false, ..TERMS };
+        let simple = Terms { framing: Framing::Simple, contexts: 0, ..TERMS };
         assert_eq!(errno(&simple, command::READ, 0x4, 0, 1), 22);
         assert_eq!(errno(&simple, command::BLOCK_STATUS, 0, 0, 1), 22);
+    }
+
+    const EXTENDED: Terms =
+        Terms { framing: Framing::Extended, size: 1 << 40, contexts: 3, ..TERMS };
+
+    #[test]
+    fn extended_writes_say_that_they_have_a_payload_and_nothing_else_has_one() {
+        for (command, plain, with_payload) in [
+            (command::READ, 0, 22),
+            (command::WRITE, 22, 0),
+            (command::TRIM, 0, 22),
+            (command::CACHE, 0, 22),
+            (command::WRITE_ZEROES, 0, 22),
+            (command::FLUSH, 22, 22),
+        ] {
+            assert_eq!(errno(&EXTENDED, command, 0, 0, 8), plain, "{command}");
+            assert_eq!(errno(&EXTENDED, command, 0x20, 0, 8), with_payload, "{command}");
+        }
+        assert_eq!(errno(&EXTENDED, command::WRITE_ZEROES, 0, 0, 1 << 40), 0);
+        assert_eq!(errno(&EXTENDED, command::WRITE_ZEROES, 0, 1, u64::MAX), 28);
+        assert_eq!(errno(&EXTENDED, command::READ, 0, 0, 1 << 32), 75);
+        let header = |command, flags| Header { flags, command, cookie: 0, offset: 0, len: 5 };
+        assert_eq!(header(command::WRITE, 0).payload(Framing::Extended), 0);
+        assert_eq!(header(command::FLUSH, 0x20).payload(Framing::Extended), 5);
+        assert_eq!(header(command::FLUSH, 0x20).payload(Framing::Structured), 0);
+        assert_eq!(header(command::WRITE, 0).payload(Framing::Simple), 5);
+    }
+
+    #[test]
+    fn a_filter_picks_contexts_by_their_numbers() {
+        let header = |len| Header {
+            flags: 0x20,
+            command: command::BLOCK_STATUS,
+            cookie: 0,
+            offset: 512,
+            len,
+        };
+        assert_eq!(EXTENDED.admit(&header(20)), Ok(Command::FilteredStatus { payload: 20 }));
+        assert!(EXTENDED.admit(&header(21)).is_err());
+        let ask = |len: u64, ids: &[u32]| {
+            let mut payload = len.to_be_bytes().to_vec();
+            payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
+            match EXTENDED.filtered(&header(20), &payload) {
+                Ok(Command::Status { span, contexts, .. }) => {
+                    assert_eq!(span, Span::new(512, len));
+                    Ok(contexts.places().map(context_id).collect())
+                }
+                Ok(other) => panic!("{other:?}"),
+                Err(refusal) => Err(refusal.errno.number()),
+            }
+        };
+        assert_eq!(ask(4096, &[3, 1]), Ok(vec![1, 3]));
+        for (len, ids) in [
+            (4096, &[][..]),
+            (0, &[1]),
+            (1 << 40, &[1]),
+            (4096, &[0]),
+            (4096, &[4]),
+            (4096, &[2, 2]),
+            (4096, &[u32::MAX]),
+        ] {
+            assert_eq!(ask(len, ids), Err(22), "{len} {ids:?}");
+        }
+        assert!(EXTENDED.filtered(&header(20), &[0; 13]).is_err());
+        assert!(EXTENDED.filtered(&header(20), &[0; 7]).is_err());
+        assert_eq!(Selection::all(64).places().count(), 64);
+        assert_eq!(Selection::all(2).places().collect::<Vec<_>>(), [0, 1]);
     }
 
     #[test]
@@ -235,6 +436,6 @@ mod tests {
         assert_eq!(errno(&large, command::READ, 0, 0, 32 << 20), 0);
         assert_eq!(errno(&large, command::READ, 0, 0, (32 << 20) + 1), 75);
         assert_eq!(errno(&large, command::WRITE, 0, 0, (32 << 20) + 1), 22);
-        assert_eq!(errno(&large, command::WRITE_ZEROES, 0, 0, u32::MAX), 0);
+        assert_eq!(errno(&large, command::WRITE_ZEROES, 0, 0, u64::from(u32::MAX)), 0);
     }
 }

@@ -1,111 +1,65 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The server: greets clients and keeps count of them until it is told to stop.
+//! The server: what it offers where, and how it is started, watched and stopped.
 
-use crate::export::{Export, Exports, Statistics};
-use crate::handshake::negotiate;
-use crate::limits::{Budget, Limits};
-use crate::socket::{Deadline, Sender, SocketFile, listen};
-use crate::transmission::Connection;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use std::collections::BTreeMap;
+use crate::export::{Export, Exports};
+use crate::greeter::Shared;
+use crate::handshake::{Offer, negotiate};
+use crate::limits::{Limits, Pool};
+use crate::listener::{Listener, Place};
+use crate::socket::Plain;
+use crate::statistics::Statistics;
+use crate::transmission::{Connection, Surroundings};
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::{Duration, Instant};
-use tranship_block::{Error, ErrorKind, Result};
-
-/// How long an accept that failed for want of resources waits before it tries again.
-const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+use std::time::Duration;
+use tranship_block::{BlockDevice, Error, ErrorKind, Result};
 
 /// A server that listens but does not answer yet: clients wait.
+///
+/// The kernel sends bytes of files straight to clients, and it raises SIGPIPE if one of
+/// them has left. Rust's start-up has programs ignore that signal; one that does not must
+/// not serve.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
-    listener: UnixListener,
-    file: SocketFile,
+    listeners: Vec<Listener>,
     shared: Arc<Shared>,
 }
 
 /// A server at work. Dropping it stops it.
 #[derive(Debug)]
 pub struct Running {
-    path: PathBuf,
+    places: Vec<Place>,
     shared: Arc<Shared>,
     greeter: Option<JoinHandle<()>>,
-    file: Option<SocketFile>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    exports: Exports,
-    limits: Limits,
-    budget: Budget,
-    clients: Mutex<Clients>,
-    /// Signalled when a client has left.
-    left: Condvar,
-    stopping: AtomicBool,
-    /// Readable when the greeter has to look up: a client has left, or the server stops.
-    wake: OwnedFd,
-}
-
-#[derive(Debug, Default)]
-struct Clients {
-    next: u64,
-    connected: BTreeMap<u64, Client>,
-}
-
-#[derive(Debug)]
-struct Client {
-    stream: Arc<UnixStream>,
-    /// Has chosen an export.
-    greeted: bool,
+    /// How many comings and goings the last wait has seen.
+    seen: Mutex<u64>,
 }
 
 impl Server {
-    /// Listens on a new Unix socket at `path`, which gets mode 0600.
-    ///
-    /// `path` should be in a folder of the caller's own. A socket left behind by a
-    /// program that is gone is replaced; it disappears when the server ends.
+    /// Serves `exports` to clients of all `listeners`.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] if another program listens there, [`ErrorKind::Usage`] if
-    /// something else than a socket is there, if two exports have one name, or if a name
-    /// or description cannot travel.
+    /// [`ErrorKind::Usage`] without a listener, if two exports have one name, if a name or
+    /// description cannot travel, or if the limits leave nothing.
+    pub fn new(listeners: Vec<Listener>, exports: Vec<Export>, limits: Limits) -> Result<Self> {
+        if listeners.is_empty() {
+            return Err(Error::usage("server has nothing to listen on"));
+        }
+        Ok(Self { listeners, shared: shared(exports, limits)? })
+    }
+
+    /// Listens on a new Unix socket at `path`, which gets mode 0600.
+    ///
+    /// # Errors
+    ///
+    /// As [`Listener::unix`] and [`Self::new`].
     pub fn bind(path: impl AsRef<Path>, exports: Vec<Export>, limits: Limits) -> Result<Self> {
-        let path = path.as_ref();
-        if limits.payload < 1 << 20 || limits.requests == 0 || limits.connections == 0 {
-            return Err(Error::usage(format!(
-                "limits allow {} connections, {} requests and {} bytes of payload, \
-                 expected at least 1, 1 and 1048576",
-                limits.connections, limits.requests, limits.payload
-            )));
-        }
-        let offered = Exports::default();
-        for export in exports {
-            if offered.all().iter().any(|other| other.export.name == export.name) {
-                return Err(Error::usage(format!("two exports are called {:?}", export.name)));
-            }
-            offered.add(export)?;
-        }
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::io("cannot make an event descriptor", error.into()))?;
-        let (listener, file) = listen(path)?;
-        let shared = Arc::new(Shared {
-            exports: offered,
-            budget: Budget::new(limits.server_bytes.max(u64::from(limits.payload))),
-            limits,
-            clients: Mutex::default(),
-            left: Condvar::new(),
-            stopping: AtomicBool::new(false),
-            wake,
-        });
-        Ok(Self { path: path.to_owned(), listener, file, shared })
+        let shared = shared(exports, limits)?;
+        Ok(Self { listeners: vec![Listener::unix(path)?], shared })
     }
 
     /// Starts to answer, in threads of its own.
@@ -114,16 +68,35 @@ impl Server {
     ///
     /// [`ErrorKind::Io`] if no thread can be started.
     pub fn start(self) -> Result<Running> {
-        let Self { path, listener, file, shared } = self;
+        let Self { listeners, shared } = self;
+        let places = listeners.iter().map(Listener::place).collect();
         let greeter = Builder::new()
             .name("nbd greeter".to_owned())
             .spawn({
                 let shared = shared.clone();
-                move || shared.greet(&listener)
+                move || shared.greet(&listeners)
             })
             .map_err(|error| Error::io("cannot start the server's thread", error))?;
-        Ok(Running { path, shared, greeter: Some(greeter), file: Some(file) })
+        Ok(Running { places, shared, greeter: Some(greeter), seen: Mutex::new(0) })
     }
+}
+
+fn shared(exports: Vec<Export>, limits: Limits) -> Result<Arc<Shared>> {
+    if limits.payload < 1 << 20 || limits.requests == 0 || limits.connections == 0 {
+        return Err(Error::usage(format!(
+            "limits allow {} connections, {} requests and {} bytes of payload, \
+             expected at least 1, 1 and 1048576",
+            limits.connections, limits.requests, limits.payload
+        )));
+    }
+    let offered = Exports::default();
+    for export in exports {
+        if offered.all().iter().any(|other| other.export.name == export.name) {
+            return Err(Error::usage(format!("two exports are called {:?}", export.name)));
+        }
+        offered.add(export)?;
+    }
+    Ok(Arc::new(Shared::new(offered, limits)?))
 }
 
 /// Serves one client: what it sends comes from `input`, and replies go to `output`. Returns
@@ -144,11 +117,13 @@ pub fn serve<R: Read + Send, W: Write + Send>(
         offered.add(export)?;
     }
     let mut streams = Streams(input, output);
-    let Some(agreed) = negotiate(&mut streams, &offered, limits)? else {
+    let stopping = AtomicBool::new(false);
+    let offer = Offer { exports: &offered, limits, stopping: &stopping };
+    let Some(agreed) = negotiate(&mut streams, offer)? else {
         return Ok(());
     };
-    let budget = Budget::new(limits.server_bytes.max(u64::from(limits.payload)));
-    Connection::new((streams.0, streams.1), agreed, limits, &budget).serve();
+    let surroundings = Surroundings { limits, pool: &Pool::new(limits), stopping: &stopping };
+    Connection::new((streams.0, Plain(streams.1)), None, agreed, surroundings).serve();
     Ok(())
 }
 
@@ -172,9 +147,9 @@ impl<R, W: Write> Write for Streams<R, W> {
 }
 
 impl Running {
-    /// Where clients connect.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// Where clients connect, in the order of the listeners.
+    pub fn places(&self) -> &[Place] {
+        &self.places
     }
 
     /// Offers another export, in place of one of the same name if there is one.
@@ -195,12 +170,24 @@ impl Running {
 
     /// How many clients are connected, handshakes included.
     pub fn connections(&self) -> usize {
-        self.shared.clients().connected.len()
+        self.shared.clients().connections()
+    }
+
+    /// How many clients have ever chosen an export.
+    pub fn negotiated(&self) -> u64 {
+        self.shared.clients().negotiated()
+    }
+
+    /// Returns when a client has come, has chosen an export or has left since the last
+    /// call, or after `time`; without a time it waits as long as it takes.
+    pub fn wait(&self, time: Option<Duration>) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        *seen = self.shared.wait_for_change(*seen, time);
     }
 
     /// Ends the server: no new clients, no new requests, answers for those in flight,
     /// at most for the time that the limits give; then every device is flushed and the
-    /// socket removed.
+    /// sockets removed.
     ///
     /// # Errors
     ///
@@ -214,12 +201,10 @@ impl Running {
         let Some(greeter) = self.greeter.take() else {
             return Ok(());
         };
-        self.shared.stopping.store(true, Ordering::SeqCst);
-        self.shared.wake_greeter();
+        self.shared.stop();
         if greeter.join().is_err() {
             tracing::warn!("the server's thread panicked");
         }
-        self.file = None;
         let in_time = self.shared.dismiss();
         let flushed = self
             .shared
@@ -244,130 +229,5 @@ impl Drop for Running {
         if let Err(error) = self.end() {
             tracing::warn!(%error, "cannot stop the server in good order");
         }
-    }
-}
-
-impl Shared {
-    fn clients(&self) -> MutexGuard<'_, Clients> {
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake_greeter(&self) {
-        // It fails only if the counter is full, and then the greeter is awake anyway.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
-
-    /// Whether another client may be greeted.
-    fn has_room(&self) -> bool {
-        let clients = self.clients();
-        let handshakes = clients.connected.values().filter(|client| !client.greeted).count();
-        clients.connected.len() < self.limits.connections && handshakes < self.limits.handshakes
-    }
-
-    fn greet(self: &Arc<Self>, listener: &UnixListener) {
-        let mut pause = None;
-        while !self.stopping.load(Ordering::SeqCst) {
-            let mut events = vec![PollFd::new(&self.wake, PollFlags::IN)];
-            if pause.is_none() && self.has_room() {
-                events.push(PollFd::new(listener, PollFlags::IN));
-            }
-            match poll(&mut events, pause.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => tracing::warn!(%error, "cannot wait for clients"),
-            }
-            pause = None;
-            let mut raised = [0; 8];
-            let _ = rustix::io::read(&self.wake, &mut raised);
-            if self.stopping.load(Ordering::SeqCst) || !self.has_room() {
-                continue;
-            }
-            match listener.accept() {
-                Ok((stream, _)) => self.receive(stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a client");
-                    pause = Some(ACCEPT_PAUSE);
-                }
-            }
-        }
-    }
-
-    /// Gives a client a thread.
-    fn receive(self: &Arc<Self>, stream: UnixStream) {
-        let stream = Arc::new(stream);
-        let number = {
-            let mut clients = self.clients();
-            let number = clients.next;
-            clients.next = number.wrapping_add(1);
-            clients.connected.insert(number, Client { stream: stream.clone(), greeted: false });
-            number
-        };
-        let leaving = Leaving { shared: self.clone(), number };
-        let started = Builder::new().name("nbd client".to_owned()).spawn(move || {
-            let leaving = leaving;
-            if let Err(error) = leaving.shared.attend(&stream, number) {
-                tracing::debug!(%error, "connection ended");
-            }
-        });
-        if let Err(error) = started {
-            tracing::warn!(%error, "cannot start a thread for a client");
-        }
-    }
-
-    fn attend(&self, stream: &UnixStream, number: u64) -> Result<()> {
-        let prepared = |error| Error::io("cannot prepare the connection", error);
-        stream.set_nonblocking(false).map_err(prepared)?;
-        let now = Instant::now();
-        let until = now.checked_add(self.limits.handshake).unwrap_or(now);
-        let agreed = negotiate(&mut Deadline { stream, until }, &self.exports, &self.limits)?;
-        let Some(agreed) = agreed else {
-            return Ok(());
-        };
-        stream.set_read_timeout(None).map_err(prepared)?;
-        let stall = self.limits.send_stall.max(Duration::from_millis(1));
-        stream.set_write_timeout(Some(stall)).map_err(prepared)?;
-        if let Some(client) = self.clients().connected.get_mut(&number) {
-            client.greeted = true;
-        }
-        self.wake_greeter();
-        Connection::new((stream, Sender(stream)), agreed, &self.limits, &self.budget).serve();
-        Ok(())
-    }
-
-    /// Lets every client finish what is in flight. False if some took too long.
-    fn dismiss(&self) -> bool {
-        // First nothing more is read, then nothing more is sent. A device that hangs
-        // keeps its thread, which nobody can take away.
-        for how in [Shutdown::Read, Shutdown::Both] {
-            let clients = self.clients();
-            for client in clients.connected.values() {
-                let _ = client.stream.shutdown(how);
-            }
-            let (clients, _) = self
-                .left
-                .wait_timeout_while(clients, self.limits.stop, |clients| {
-                    !clients.connected.is_empty()
-                })
-                .unwrap_or_else(PoisonError::into_inner);
-            if clients.connected.is_empty() {
-                return how == Shutdown::Read;
-            }
-        }
-        false
-    }
-}
-
-/// Takes a client off the list, whichever way its thread ends.
-#[derive(Debug)]
-struct Leaving {
-    shared: Arc<Shared>,
-    number: u64,
-}
-
-impl Drop for Leaving {
-    fn drop(&mut self) {
-        self.shared.clients().connected.remove(&self.number);
-        self.shared.left.notify_all();
-        self.shared.wake_greeter();
     }
 }

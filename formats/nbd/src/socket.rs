@@ -1,93 +1,86 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Unix sockets as the two phases of a connection want them.
+//! Connected sockets as the two phases of a connection want them.
 
-use rustix::net::{self, AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
-use std::fs;
-use std::io::{self, IoSlice, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{self, SendFlags, Shutdown};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
-use tranship_block::{Error, ErrorKind, Result};
 
-/// A listening socket's name in the file system; removed when this is dropped.
+/// One call of `sendfile` moves no more than this.
+const MOST_SENT: u64 = 1 << 30;
+
+/// A stream socket of any family.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    /// Device and inode, so that nobody else's socket is removed.
-    identity: Option<(u64, u64)>,
-}
+pub(crate) struct Socket(OwnedFd);
 
-impl SocketFile {
-    fn identity_of(path: &Path) -> Option<(u64, u64)> {
-        fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+impl Socket {
+    pub(crate) fn new(descriptor: OwnedFd) -> Self {
+        Self(descriptor)
+    }
+
+    /// How long one receive may wait.
+    pub(crate) fn set_receive_timeout(&self, time: Option<Duration>) -> io::Result<()> {
+        Ok(set_socket_timeout(&self.0, Timeout::Recv, time)?)
+    }
+
+    /// How long one send may wait.
+    pub(crate) fn set_send_timeout(&self, time: Option<Duration>) -> io::Result<()> {
+        Ok(set_socket_timeout(&self.0, Timeout::Send, time)?)
+    }
+
+    /// Ends one direction or both, for everybody who uses the socket.
+    pub(crate) fn shutdown(&self, how: Shutdown) {
+        // It fails only if the peer has done so already.
+        let _ = net::shutdown(&self.0, how);
+    }
+
+    /// Sends without the signal that a client which has left would cause.
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut control = net::SendAncillaryBuffer::default();
+        Ok(net::sendmsg(&self.0, bufs, &mut control, SendFlags::NOSIGNAL)?)
     }
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.identity.is_some() && Self::identity_of(&self.path) == self.identity {
-            let _ = fs::remove_file(&self.path);
-        }
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
-/// Listens on a new socket at `path` that only its owner can connect to.
-///
-/// # Errors
-///
-/// [`ErrorKind::Busy`] if somebody listens there already, [`ErrorKind::Usage`] if
-/// something else than a socket is there. A socket that nobody listens on is replaced.
-pub(crate) fn listen(path: &Path) -> Result<(UnixListener, SocketFile)> {
-    remove_stale(path)?;
-    let bound = || -> io::Result<UnixListener> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        // Linux gives the file the mode of the socket, so there is no moment in which
-        // somebody else could connect.
-        rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
-        net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-        net::listen(&socket, 128)?;
-        Ok(UnixListener::from(socket))
-    };
-    let listener =
-        bound().map_err(|error| Error::io("cannot listen on the socket", error).in_file(path))?;
-    let identity = SocketFile::identity_of(path);
-    Ok((listener, SocketFile { path: path.to_owned(), identity }))
+impl Read for &Socket {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(&self.0, bytes)?)
+    }
+
+    fn read_vectored(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        Ok(rustix::io::readv(&self.0, bufs)?)
+    }
 }
 
-fn remove_stale(path: &Path) -> Result<()> {
-    let Ok(metadata) = fs::symlink_metadata(path) else {
-        return Ok(());
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(Error::usage("something else than a socket is there").in_file(path));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
-            .map_err(|error| Error::io("cannot remove the stale socket", error).in_file(path)),
-        Err(error) => {
-            Err(Error::io("cannot tell whether the socket is in use", error).in_file(path))
-        }
-        Ok(_) => {
-            let text = "another program listens on this socket";
-            Err(Error::new(ErrorKind::Busy, text).in_file(path))
-        }
-    }
+/// Whether the other side of `socket` has gone, without reading what it left behind.
+pub(crate) fn is_gone(socket: BorrowedFd<'_>) -> bool {
+    let gone = PollFlags::HUP | PollFlags::ERR | PollFlags::RDHUP;
+    let mut events = [PollFd::new(&socket, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    matches!(poll(&mut events, Some(&now)), Ok(1..))
+        && events.iter().any(|event| event.revents().intersects(gone))
 }
 
 /// A stream that has to be done with by some moment, however slowly bytes come.
 #[derive(Debug)]
 pub(crate) struct Deadline<'a> {
-    pub(crate) stream: &'a UnixStream,
+    pub(crate) socket: &'a Socket,
     pub(crate) until: Instant,
 }
 
 impl Deadline<'_> {
     fn left(&self) -> io::Result<Option<Duration>> {
         match self.until.checked_duration_since(Instant::now()) {
-            Some(left) if !left.is_zero() => Ok(Some(left)),
+            // The kernel counts in microseconds and takes 0 for no limit.
+            Some(left) if left >= Duration::from_micros(1) => Ok(Some(left)),
             _ => Err(io::ErrorKind::TimedOut.into()),
         }
     }
@@ -95,16 +88,16 @@ impl Deadline<'_> {
 
 impl Read for Deadline<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(self.left()?)?;
-        let mut stream = self.stream;
-        stream.read(bytes)
+        self.socket.set_receive_timeout(self.left()?)?;
+        let mut socket = self.socket;
+        socket.read(bytes)
     }
 }
 
 impl Write for Deadline<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(self.left()?)?;
-        send(self.stream, &[IoSlice::new(bytes)])
+        self.socket.set_send_timeout(self.left()?)?;
+        self.socket.send(&[IoSlice::new(bytes)])
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -112,33 +105,112 @@ impl Write for Deadline<'_> {
     }
 }
 
-/// The sending half of a stream. Dropping it ends the connection in both directions,
+/// Where replies go.
+pub(crate) trait Output: Write + Send {
+    /// Whether [`Self::send_file`] can do anything.
+    fn takes_files(&self) -> bool {
+        false
+    }
+
+    /// Sends `head` and then `len` bytes of `file` from `offset` onward without touching
+    /// them. Returns how many of the file's bytes went: fewer if the file ends or fails.
+    fn send_file(
+        &mut self,
+        head: &[u8],
+        _file: BorrowedFd<'_>,
+        _offset: u64,
+        _len: u64,
+    ) -> io::Result<u64> {
+        self.write_all(head)?;
+        Ok(0)
+    }
+}
+
+/// The sending half of a socket. Dropping it ends the connection in both directions,
 /// so that a reader does not wait for a client that cannot be answered.
 #[derive(Debug)]
-pub(crate) struct Sender<'a>(pub(crate) &'a UnixStream);
+pub(crate) struct Sender<'a>(pub(crate) &'a Socket);
 
 impl Write for Sender<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        send(self.0, &[IoSlice::new(bytes)])
+        self.0.send(&[IoSlice::new(bytes)])
     }
 
     fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        send(self.0, bufs)
+        self.0.send(bufs)
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl Output for Sender<'_> {
+    fn takes_files(&self) -> bool {
+        true
+    }
+
+    fn send_file(
+        &mut self,
+        mut head: &[u8],
+        file: BorrowedFd<'_>,
+        mut offset: u64,
+        len: u64,
+    ) -> io::Result<u64> {
+        while !head.is_empty() {
+            match net::send(&self.0.0, head, SendFlags::NOSIGNAL | SendFlags::MORE) {
+                Ok(sent) => head = head.get(sent..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let mut gone = 0_u64;
+        while gone < len {
+            let left = len.saturating_sub(gone).min(MOST_SENT);
+            let left = usize::try_from(left).unwrap_or(usize::MAX);
+            match rustix::fs::sendfile(&self.0.0, file, Some(&mut offset), left) {
+                Ok(0) => break,
+                Ok(sent) => {
+                    gone = gone.saturating_add(u64::try_from(sent).unwrap_or(u64::MAX));
+                }
+                Err(Errno::INTR) => {}
+                Err(
+                    errno @ (Errno::PIPE
+                    | Errno::CONNRESET
+                    | Errno::NOTCONN
+                    | Errno::TIMEDOUT
+                    | Errno::AGAIN),
+                ) => return Err(errno.into()),
+                // The file's own trouble, or a file that cannot be sent like this.
+                Err(_) => break,
+            }
+        }
+        Ok(gone)
     }
 }
 
 impl Drop for Sender<'_> {
     fn drop(&mut self) {
-        let _ = self.0.shutdown(Shutdown::Both);
+        self.0.shutdown(Shutdown::Both);
     }
 }
 
-/// Sends without the signal that a client which has left would cause.
-fn send(stream: &UnixStream, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-    let mut control = net::SendAncillaryBuffer::default();
-    Ok(net::sendmsg(stream, bufs, &mut control, SendFlags::NOSIGNAL)?)
+/// Output of any kind, through which files cannot go.
+#[derive(Debug)]
+pub(crate) struct Plain<W>(pub(crate) W);
+
+impl<W: Write> Write for Plain<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes)
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.write_vectored(bufs)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
+
+impl<W: Write + Send> Output for Plain<W> {}

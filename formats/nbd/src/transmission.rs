@@ -1,46 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The transmission phase of one connection.
 //!
-//! Its workers take turns at reading: whoever holds the input reads one request with its
-//! payload, lets go of the input and answers, while the next worker reads on. So replies
-//! come in any order, every worker has a buffer of its own, and a client that sends
-//! faster than the device works finds nobody reading. Workers are started only when a
-//! request arrives and nobody is waiting to read the next one.
+//! Its workers take turns at reading: whoever holds the input reads requests. What can be
+//! answered at once, the reader answers itself, and replies that are ready together are
+//! sent together. With a request that may take its time the worker lets go of the input
+//! before it answers, and the next worker reads on. So replies come in any order, every
+//! worker has a buffer of its own, and a client that sends faster than the device works
+//! finds nobody reading. Workers are started only when a request arrives and nobody is
+//! waiting to read the next one.
 
-use crate::export::{Served, count};
+mod answer;
+mod pace;
+mod read;
+
+use crate::context::Context;
+use crate::export::Served;
 use crate::handshake::Agreed;
-use crate::limits::{Budget, Limits, Taken};
-use crate::reply;
+use crate::input::{GULP, Input};
+use crate::limits::{Limits, Pool, Purse, Taken};
+use crate::reply::{Frame, Framing};
 use crate::request::{Command, Header, Refusal, Terms};
-use crate::wire::{Errno, allocation};
-use std::io::{self, BufReader, Read, Write};
+use crate::socket::Output;
+use crate::statistics::count;
+use crate::wire::Errno;
+use pace::Pace;
+use std::io::{self, Read};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, Scope};
-use std::time::{Duration, Instant};
-use tranship_block::{BlockDevice, Error, ErrorKind, ExtentKind, Extents, Result, Span, Zeroing};
+use std::time::Instant;
+use tranship_block::{BlockDevice, Error, Result};
 
-/// Data travels in chunks of this many bytes, small enough to stay in the cache.
+/// Data that passes through memory travels in chunks of this many bytes, small enough to
+/// stay in the cache.
 const PIECE: u64 = 512 << 10;
-/// A shorter hole is cheaper to read than to describe; shorter reads skip the lookup.
-const SHORTEST_HOLE: u64 = 64 << 10;
-/// Zeroing and trimming look after this many bytes whether anybody still wants it.
-const STRIDE: u64 = 1 << 30;
-/// A block status reply is cut short after this time.
-const STATUS_TIME: Duration = Duration::from_millis(50);
-/// How many bytes are read from the socket at once.
-const GULP: usize = 64 << 10;
+/// Reads and writes up to this length may be answered by the reader itself.
+const SMALL: u64 = 32 << 10;
+/// Replies that are ready are sent when they are longer than this together.
+const BATCH: usize = 128 << 10;
+
+/// What a connection shares with the others of its server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings<'a> {
+    pub(crate) limits: &'a Limits,
+    pub(crate) pool: &'a Pool,
+    /// The server is about to end: new requests are refused.
+    pub(crate) stopping: &'a AtomicBool,
+}
 
 /// One client in the transmission phase.
 pub(crate) struct Connection<'a, R, W> {
-    input: Mutex<BufReader<R>>,
+    reader: Mutex<Reader<R>>,
     /// Gone after a failed send: what follows half a reply would not be understood.
     output: Mutex<Option<W>>,
+    /// Whether bytes of files can go to the client without passing through here.
+    takes_files: bool,
+    /// Tells whether the client is there while nobody reads what it sends.
+    watched: Option<BorrowedFd<'a>>,
     served: Arc<Served>,
     terms: Terms,
+    contexts: Vec<Context>,
     limits: &'a Limits,
-    own_budget: Budget,
-    server_budget: &'a Budget,
+    purse: Purse<'a>,
+    stopping: &'a AtomicBool,
+    pace: Pace,
     workers: AtomicUsize,
     /// Workers that wait for the input or hold it.
     readers: AtomicUsize,
@@ -50,17 +74,26 @@ pub(crate) struct Connection<'a, R, W> {
     abandoned: AtomicBool,
 }
 
+/// The reading end, and the replies that its holder has ready.
+struct Reader<R> {
+    input: Input<R>,
+    batch: Vec<u8>,
+}
+
 /// A request that was read completely; the bytes of a write are in the worker's buffer.
 struct Accepted<'a> {
-    cookie: u64,
-    command: std::result::Result<Command, Refusal>,
-    _budget: [Taken<'a>; 2],
+    frame: Frame,
+    command: Command,
+    arrived: Instant,
+    _taken: Option<[Taken<'a>; 2]>,
 }
 
 /// A failure while answering.
 enum Failure {
     /// The device failed; the client can be told.
     Device(Error),
+    /// The device was not asked.
+    Refused(Refusal),
     /// The client cannot be told anything any more.
     Stream(io::Error),
 }
@@ -77,30 +110,36 @@ impl From<io::Error> for Failure {
     }
 }
 
-impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
+impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
+    /// `watched` is the socket, if there is one: it tells when the client has gone.
     pub(crate) fn new(
         (input, output): (R, W),
+        watched: Option<BorrowedFd<'a>>,
         agreed: Agreed,
-        limits: &'a Limits,
-        server_budget: &'a Budget,
+        surroundings: Surroundings<'a>,
     ) -> Self {
-        let Agreed { served, structured, allocation } = agreed;
-        count(&served.counters.connections, 1);
+        let Agreed { served, framing, contexts } = agreed;
+        let Surroundings { limits, pool, stopping } = surroundings;
+        count(&served.counters.connections);
         let terms = Terms {
             size: served.export.device.size(),
             read_only: served.is_read_only(),
-            structured,
-            allocation,
+            framing,
+            contexts: contexts.len(),
             payload: limits.payload,
         };
         Self {
-            input: Mutex::new(BufReader::with_capacity(GULP, input)),
+            reader: Mutex::new(Reader { input: Input::new(input), batch: Vec::new() }),
+            takes_files: output.takes_files(),
             output: Mutex::new(Some(output)),
+            watched,
             served,
             terms,
+            contexts,
             limits,
-            own_budget: Budget::new(limits.connection_bytes.max(u64::from(limits.payload))),
-            server_budget,
+            purse: Purse::new(limits, pool),
+            stopping,
+            pace: Pace::default(),
             workers: AtomicUsize::new(1),
             readers: AtomicUsize::new(0),
             over: AtomicBool::new(false),
@@ -118,15 +157,20 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         while let Some(request) = self.accept(&mut buffer) {
             self.hire(scope);
             if let Err(error) = self.answer(&request, &mut buffer) {
-                tracing::debug!(%error, "cannot send a reply");
-                self.abandoned.store(true, Ordering::Relaxed);
-                self.over.store(true, Ordering::Relaxed);
+                self.give_up(&error);
             }
             drop(request);
             if buffer.len() > usize::try_from(PIECE).unwrap_or(usize::MAX) {
                 buffer = Vec::new();
             }
         }
+    }
+
+    /// The client can be told nothing any more.
+    fn give_up(&self, error: &io::Error) {
+        tracing::debug!(%error, "cannot send a reply");
+        self.abandoned.store(true, Ordering::Relaxed);
+        self.over.store(true, Ordering::Relaxed);
     }
 
     /// Starts another worker if nobody is left to read.
@@ -149,19 +193,24 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         }
     }
 
-    /// Waits for the input and reads one request. `None` once there will be no more.
+    /// Waits for the input and reads up to a request that is the worker's to answer.
+    /// `None` once there will be no more.
     fn accept(&self, buffer: &mut Vec<u8>) -> Option<Accepted<'_>> {
         self.readers.fetch_add(1, Ordering::Relaxed);
-        let mut input = self.input.lock().unwrap_or_else(PoisonError::into_inner);
-        let accepted = if self.over.load(Ordering::Relaxed) {
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accepted = if self.over.load(Ordering::Relaxed) {
             None
         } else {
-            self.read_request(&mut *input, buffer).unwrap_or_else(|error| {
+            self.next_request(&mut reader, buffer).unwrap_or_else(|error| {
                 tracing::debug!(error = %Chain(&error), "client is gone");
                 self.abandoned.store(true, Ordering::Relaxed);
                 None
             })
         };
+        if let Err(error) = self.flush(&mut reader.batch) {
+            self.give_up(&error);
+            accepted = None;
+        }
         if accepted.is_none() {
             self.over.store(true, Ordering::Relaxed);
         }
@@ -169,260 +218,162 @@ impl<'a, R: Read + Send, W: Write + Send> Connection<'a, R, W> {
         accepted
     }
 
-    /// Reads one request with its payload. `Ok(None)` is the client's orderly farewell.
-    fn read_request(
+    /// Answers what can be answered at once, and gives back the first request that cannot.
+    /// `Ok(None)` is the client's orderly farewell.
+    fn next_request(
         &self,
-        input: &mut impl Read,
+        reader: &mut Reader<R>,
         buffer: &mut Vec<u8>,
     ) -> Result<Option<Accepted<'_>>> {
-        let gone = |error| Error::io("cannot receive a request", error);
-        let mut raw = [0; Header::BYTES];
-        input.read_exact(&mut raw).map_err(gone)?;
-        let header = Header::parse(&raw)?;
-        let command = self.terms.admit(&header);
-        if command == Ok(Command::Disconnect) {
-            return Ok(None);
-        }
-        let cost = match command {
-            Ok(Command::Write { span, .. }) => span.len,
-            Ok(Command::Read { span, one_chunk }) if one_chunk || !self.terms.structured => {
-                span.len
+        let framing = self.terms.framing;
+        let header_len = Header::bytes(framing);
+        loop {
+            if reader.input.buffered().len() < header_len {
+                self.flush(&mut reader.batch).map_err(unsent)?;
+                if !reader.input.fill(header_len, true).map_err(gone)? {
+                    return Err(Error::corrupt("client left without a farewell"));
+                }
+            } else if reader.batch.len() > BATCH {
+                self.flush(&mut reader.batch).map_err(unsent)?;
             }
-            Ok(Command::Read { span, .. }) => span.len.min(PIECE),
-            _ => 0,
-        };
-        let budget = [self.own_budget.take(cost), self.server_budget.take(cost)];
-        if let Ok(Command::Write { span, .. }) = command {
-            input.read_exact(sized(buffer, span.len)).map_err(gone)?;
-        } else {
-            self.drain(input, header.payload())?;
+            if self.over.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let raw = reader.input.buffered().get(..header_len).unwrap_or_default();
+            let header = Header::parse(raw, framing)?;
+            reader.input.consume(header_len);
+            let arrived = Instant::now();
+            let frame = Frame { framing, cookie: header.cookie, offset: header.offset };
+            let mut command = self.terms.admit(&header);
+            if command == Ok(Command::Disconnect) {
+                return Ok(None);
+            }
+            if command.is_ok() && self.stopping.load(Ordering::Relaxed) {
+                let text = "server is shutting down";
+                command = Err(Refusal { errno: Errno::Shutdown, text });
+            }
+            if command.is_err() {
+                self.drain(reader, header.payload(framing))?;
+            }
+            if let Ok(Command::FilteredStatus { payload }) = command {
+                let len = usize::try_from(payload).unwrap_or(usize::MAX);
+                self.flush_and_fill(reader, len)?;
+                let payload = reader.input.buffered().get(..len).unwrap_or_default();
+                command = self.terms.filtered(&header, payload);
+                reader.input.consume(len);
+            }
+            let refusal = match command {
+                Ok(command) => {
+                    if let Some(taken) = self.at_once(reader, buffer, frame, command, arrived)? {
+                        return Ok(Some(Accepted { frame, command, arrived, _taken: taken.0 }));
+                    }
+                    continue;
+                }
+                Err(refusal) => refusal,
+            };
+            count(&self.served.counters.refused);
+            frame.error(&mut reader.batch, refusal.errno, refusal.text, None);
         }
-        Ok(Some(Accepted { cookie: header.cookie, command, _budget: budget }))
     }
 
-    /// Skips the payload of a refused write, up to what an honest mistake can be.
-    fn drain(&self, input: &mut impl Read, payload: u32) -> Result<()> {
-        if payload > self.limits.payload.saturating_mul(2) {
+    /// Reads the payload of a write, and answers the request if it is one to answer at
+    /// once. Otherwise gives back what was taken from the budgets for it.
+    fn at_once(
+        &self,
+        reader: &mut Reader<R>,
+        buffer: &mut Vec<u8>,
+        frame: Frame,
+        command: Command,
+        arrived: Instant,
+    ) -> Result<Option<Handed<'_>>> {
+        let cost = match command {
+            Command::Read { span, one_chunk } => {
+                if self.read_at_once(reader, frame, span, one_chunk, arrived).map_err(unsent)? {
+                    return Ok(None);
+                }
+                let whole = one_chunk || self.terms.framing == Framing::Simple;
+                if whole { span.len } else { span.len.min(PIECE) }
+            }
+            Command::Write { span, durable } if span.len <= SMALL => {
+                let len = usize::try_from(span.len).unwrap_or(usize::MAX);
+                self.flush_and_fill(reader, len)?;
+                let Reader { input, batch } = reader;
+                let payload = input.buffered().get(..len).unwrap_or_default();
+                if !durable && self.pace.is_quick() {
+                    let begun = Instant::now();
+                    let done = self.served.export.device.write_at(payload, span.start);
+                    self.pace.note(begun.elapsed());
+                    let note = &self.served.counters.writes;
+                    note.note(span.len, done.is_ok(), arrived.elapsed());
+                    match done {
+                        Ok(()) => frame.done(batch),
+                        Err(error) => self.report(batch, frame, &error),
+                    }
+                    input.consume(len);
+                    return Ok(None);
+                }
+                sized(buffer, span.len).copy_from_slice(payload);
+                input.consume(len);
+                span.len
+            }
+            Command::Write { span, .. } => {
+                self.flush(&mut reader.batch).map_err(unsent)?;
+                let taken = self.purse.take(span.len);
+                reader.input.read_payload(sized(buffer, span.len)).map_err(gone)?;
+                return Ok(Some(Handed(taken)));
+            }
+            _ => 0,
+        };
+        if cost > 0 {
+            // It may have to wait.
+            self.flush(&mut reader.batch).map_err(unsent)?;
+        }
+        Ok(Some(Handed(self.purse.take(cost))))
+    }
+
+    /// Has the first `len` bytes that follow in the buffer of the input.
+    fn flush_and_fill(&self, reader: &mut Reader<R>, len: usize) -> Result<()> {
+        if reader.input.buffered().len() < len.min(GULP) {
+            self.flush(&mut reader.batch).map_err(unsent)?;
+            reader.input.fill(len, false).map_err(gone)?;
+        }
+        Ok(())
+    }
+
+    /// Skips the payload of a refused request, up to what an honest mistake can be.
+    fn drain(&self, reader: &mut Reader<R>, payload: u64) -> Result<()> {
+        if payload == 0 {
+            return Ok(());
+        }
+        self.flush(&mut reader.batch).map_err(unsent)?;
+        if payload > u64::from(self.limits.payload).saturating_mul(2) {
             return Err(Error::corrupt(format!(
-                "write of {payload} bytes, expected at most {}",
+                "request with {payload} bytes, expected at most {}",
                 self.limits.payload
             )));
         }
-        let skipped = io::copy(&mut input.take(u64::from(payload)), &mut io::sink())
-            .map_err(|error| Error::io("cannot receive a payload", error))?;
-        if skipped < u64::from(payload) {
-            return Err(Error::corrupt("client left in the middle of a write"));
+        reader.input.skip(payload).map_err(gone)
+    }
+
+    /// Sends the replies that are ready.
+    fn flush(&self, batch: &mut Vec<u8>) -> io::Result<()> {
+        if !batch.is_empty() {
+            self.send(batch, &[])?;
+            batch.clear();
         }
         Ok(())
     }
+}
 
-    fn answer(&self, request: &Accepted<'_>, buffer: &mut Vec<u8>) -> io::Result<()> {
-        let cookie = request.cookie;
-        let done = match &request.command {
-            Ok(command) => self.carry_out(cookie, command, buffer),
-            Err(refusal) => {
-                count(&self.served.counters.errors, 1);
-                return self.send_error(cookie, refusal.errno, refusal.text, None);
-            }
-        };
-        match done {
-            Ok(()) => Ok(()),
-            Err(Failure::Stream(error)) => Err(error),
-            Err(Failure::Device(error)) => {
-                count(&self.served.counters.errors, 1);
-                let name = &self.served.export.name;
-                tracing::warn!(export = name, error = %Chain(&error), "request failed");
-                self.send_error(cookie, errno(&error), error.message(), error.offset())
-            }
-        }
-    }
+/// A request is a worker's to answer; what it may have in memory.
+struct Handed<'a>(Option<[Taken<'a>; 2]>);
 
-    fn carry_out(
-        &self,
-        cookie: u64,
-        command: &Command,
-        buffer: &mut Vec<u8>,
-    ) -> std::result::Result<(), Failure> {
-        let device = &self.served.export.device;
-        let counters = &self.served.counters;
-        match *command {
-            Command::Read { span, one_chunk } => {
-                count(&counters.reads, 1);
-                count(&counters.bytes_read, span.len);
-                return if self.terms.structured {
-                    self.read_chunks(cookie, span, one_chunk, buffer)
-                } else {
-                    let bytes = sized(buffer, span.len);
-                    device.read_at(bytes, span.start)?;
-                    Ok(self.send(&reply::simple(cookie, 0), bytes)?)
-                };
-            }
-            Command::Write { span, durable } => {
-                count(&counters.writes, 1);
-                count(&counters.bytes_written, span.len);
-                device.write_at(sized(buffer, span.len), span.start)?;
-                self.settle(durable)?;
-            }
-            Command::Flush => {
-                count(&counters.flushes, 1);
-                device.flush()?;
-            }
-            Command::Trim { span, durable } => {
-                count(&counters.zeroes, 1);
-                count(&counters.bytes_zeroed, span.len);
-                self.in_strides(span, |part| device.discard(part))?;
-                self.settle(durable)?;
-            }
-            Command::Zero { span, mode, durable } => {
-                count(&counters.zeroes, 1);
-                count(&counters.bytes_zeroed, span.len);
-                self.zero(span, mode)?;
-                self.settle(durable)?;
-            }
-            Command::Status { span, one_extent } => {
-                count(&counters.statuses, 1);
-                let extents = self.status(span, one_extent)?;
-                return Ok(self.send(&reply::status(cookie, &extents), &[])?);
-            }
-            Command::Disconnect => return Ok(()),
-        }
-        Ok(self.send(&reply::simple(cookie, 0), &[])?)
-    }
+fn gone(error: io::Error) -> Error {
+    Error::io("cannot receive a request", error)
+}
 
-    fn settle(&self, durable: bool) -> Result<()> {
-        if durable { self.served.export.device.flush() } else { Ok(()) }
-    }
-
-    fn zero(&self, span: Span, mode: Zeroing) -> Result<()> {
-        self.in_strides(span, |part| self.served.export.device.write_zeroes(part, mode))
-    }
-
-    /// Does long work in parts, so that it ends soon after the client is gone.
-    fn in_strides(&self, span: Span, work: impl Fn(Span) -> Result<()>) -> Result<()> {
-        let mut at = span.start;
-        while at < span.end() {
-            let part = Span::new(at, STRIDE.min(span.end().saturating_sub(at)));
-            work(part)?;
-            at = part.end();
-            if at < span.end() && self.abandoned.load(Ordering::Relaxed) {
-                return Err(Error::new(ErrorKind::Cancelled, "the client is gone").at(at));
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers a read in chunks; holes are not read.
-    fn read_chunks(
-        &self,
-        cookie: u64,
-        span: Span,
-        one_chunk: bool,
-        buffer: &mut Vec<u8>,
-    ) -> std::result::Result<(), Failure> {
-        if span.is_empty() {
-            return Ok(self.send(&reply::nothing(cookie), &[])?);
-        }
-        if one_chunk {
-            return self.read_data(cookie, span, span, span.len, buffer);
-        }
-        let mut unsent = span.start;
-        if span.len >= SHORTEST_HOLE {
-            for run in Extents::new(&self.served.export.device, span) {
-                let (run, kind) = run?;
-                if !kind.reads_zero() || run.len < SHORTEST_HOLE {
-                    continue;
-                }
-                let before = Span::new(unsent, run.start.saturating_sub(unsent));
-                self.read_data(cookie, span, before, PIECE, buffer)?;
-                self.send(&reply::hole(cookie, run.end() == span.end(), run), &[])?;
-                unsent = run.end();
-            }
-        }
-        let rest = Span::new(unsent, span.end().saturating_sub(unsent));
-        self.read_data(cookie, span, rest, PIECE, buffer)
-    }
-
-    /// Sends `part` of the read of `whole` as data, in pieces of at most `piece` bytes.
-    fn read_data(
-        &self,
-        cookie: u64,
-        whole: Span,
-        part: Span,
-        piece: u64,
-        buffer: &mut Vec<u8>,
-    ) -> std::result::Result<(), Failure> {
-        let mut at = part.start;
-        while at < part.end() {
-            let len = piece.min(part.end().saturating_sub(at));
-            let bytes = sized(buffer, len);
-            self.served.export.device.read_at(bytes, at).map_err(|error| error.at(at))?;
-            let next = at.saturating_add(len);
-            let wire_len = u32::try_from(len).unwrap_or(u32::MAX);
-            self.send(&reply::data(cookie, next == whole.end(), at, wire_len), bytes)?;
-            at = next;
-        }
-        Ok(())
-    }
-
-    /// The extents of `span` from its start, as far as one reply goes.
-    fn status(&self, span: Span, one_extent: bool) -> Result<Vec<(u32, u32)>> {
-        let started = Instant::now();
-        let most = if one_extent { 1 } else { self.limits.status_extents.max(1) };
-        let mut extents: Vec<(u32, u32)> = Vec::new();
-        let mut full = false;
-        let mut at = span.start;
-        while at < span.end() {
-            let extent = match self.served.export.device.extent_at(at) {
-                Ok(extent) if extent.len > 0 => extent,
-                Ok(_) if extents.is_empty() => {
-                    return Err(Error::corrupt("device reported an empty extent").at(at));
-                }
-                Err(error) if extents.is_empty() => return Err(error.at(at)),
-                // What is known so far is a valid answer; the next request meets the error.
-                Ok(_) | Err(_) => break,
-            };
-            let flags = match extent.kind {
-                ExtentKind::Data => 0,
-                ExtentKind::Zero => allocation::ZERO,
-                ExtentKind::Hole => allocation::HOLE | allocation::ZERO,
-            };
-            let len = extent.len.min(span.end().saturating_sub(at));
-            let wire_len = u32::try_from(len).unwrap_or(u32::MAX);
-            match extents.last_mut() {
-                Some((last, same)) if *same == flags => *last = last.saturating_add(wire_len),
-                _ if full => break,
-                _ => extents.push((wire_len, flags)),
-            }
-            full = extents.len() >= most;
-            at = at.saturating_add(len);
-            if started.elapsed() > STATUS_TIME {
-                break;
-            }
-        }
-        Ok(extents)
-    }
-
-    fn send_error(
-        &self,
-        cookie: u64,
-        errno: Errno,
-        text: &str,
-        offset: Option<u64>,
-    ) -> io::Result<()> {
-        if self.terms.structured {
-            self.send(&reply::error(cookie, errno, text, offset), &[])
-        } else {
-            self.send(&reply::simple(cookie, errno.number()), &[])
-        }
-    }
-
-    fn send(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {
-        let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(stream) = output.as_mut() else {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        };
-        reply::send(stream, head, payload).inspect_err(|_| *output = None)
-    }
+fn unsent(error: io::Error) -> Error {
+    Error::io("cannot send a reply", error)
 }
 
 /// The first `len` bytes of `buffer`, which only ever grows.
@@ -432,16 +383,6 @@ fn sized(buffer: &mut Vec<u8>, len: u64) -> &mut [u8] {
         buffer.resize(len, 0);
     }
     buffer.get_mut(..len).unwrap_or_default()
-}
-
-fn errno(error: &Error) -> Errno {
-    match error.kind() {
-        ErrorKind::Usage => Errno::Invalid,
-        ErrorKind::Denied => Errno::Permission,
-        ErrorKind::NoSpace => Errno::NoSpace,
-        ErrorKind::Cancelled => Errno::Shutdown,
-        _ => Errno::Io,
-    }
 }
 
 /// An error with its causes on one line, for the log.

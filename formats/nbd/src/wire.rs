@@ -11,7 +11,9 @@ pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub(crate) const CHUNK_MAGIC: u32 = 0x668e_33ef;
+/// A request with 64-bit length.
 pub(crate) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// A chunk of a reply to one.
 pub(crate) const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Longest string that the protocol allows, in bytes.
@@ -28,12 +30,12 @@ pub(crate) mod option {
     pub(crate) const EXPORT_NAME: u32 = 1;
     pub(crate) const ABORT: u32 = 2;
     pub(crate) const LIST: u32 = 3;
+    pub(crate) const STARTTLS: u32 = 5;
     pub(crate) const INFO: u32 = 6;
     pub(crate) const GO: u32 = 7;
     pub(crate) const STRUCTURED_REPLY: u32 = 8;
     pub(crate) const LIST_META_CONTEXT: u32 = 9;
     pub(crate) const SET_META_CONTEXT: u32 = 10;
-    pub(crate) const STARTTLS: u32 = 5;
     pub(crate) const EXTENDED_HEADERS: u32 = 11;
 }
 
@@ -47,9 +49,10 @@ pub(crate) mod option_reply {
     pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
     pub(crate) const ERR_TLS_REQD: u32 = 0x8000_0005;
     pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
+    pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
     pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
     pub(crate) const ERR_POLICY: u32 = 0x8000_0002;
-    pub(crate) const ERR_SHUTDOWN: u32 = 0x8000_0007;
+    pub(crate) const ERR_EXT_HEADER_REQD: u32 = 0x8000_000a;
 }
 
 /// Kinds of information about an export.
@@ -72,7 +75,9 @@ pub(crate) mod export_flag {
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
     pub(crate) const ROTATIONAL: u16 = 1 << 4;
     pub(crate) const SEND_CACHE: u16 = 1 << 10;
+    /// Only together with SEND_WRITE_ZEROES.
     pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+    /// Only with extended headers.
     pub(crate) const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 }
 
@@ -83,6 +88,7 @@ pub(crate) mod command {
     pub(crate) const DISC: u16 = 2;
     pub(crate) const FLUSH: u16 = 3;
     pub(crate) const TRIM: u16 = 4;
+    pub(crate) const CACHE: u16 = 5;
     pub(crate) const WRITE_ZEROES: u16 = 6;
     pub(crate) const BLOCK_STATUS: u16 = 7;
 }
@@ -93,7 +99,8 @@ pub(crate) mod command_flag {
     pub(crate) const NO_HOLE: u16 = 1 << 1;
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
-    /// The length is that of a payload (extended headers).
+    pub(crate) const FAST_ZERO: u16 = 1 << 4;
+    /// Extended headers: the length is that of a payload. Must be set on WRITE.
     pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
@@ -104,19 +111,17 @@ pub(crate) mod chunk {
     pub(crate) const OFFSET_DATA: u16 = 1;
     pub(crate) const OFFSET_HOLE: u16 = 2;
     pub(crate) const BLOCK_STATUS: u16 = 5;
+    /// With extended headers, in place of the one before.
+    pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
     pub(crate) const ERROR: u16 = 0x8001;
     /// Set in every kind that is an error, known or not.
     pub(crate) const ERROR_BIT: u16 = 1 << 15;
     pub(crate) const ERROR_OFFSET: u16 = 0x8002;
-    /// The only kind of block status with extended headers.
-    pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
 }
 
 /// The context `base:allocation`.
 pub(crate) mod allocation {
     pub(crate) const NAME: &str = "base:allocation";
-    /// The number that we give it; any would do.
-    pub(crate) const ID: u32 = 1;
     pub(crate) const HOLE: u32 = 1 << 0;
     pub(crate) const ZERO: u32 = 1 << 1;
 }
@@ -134,6 +139,8 @@ pub(crate) enum Errno {
     NoSpace,
     /// `EOVERFLOW`: the reply would be longer than the limit.
     Overflow,
+    /// `ENOTSUP`: only in answer to FAST_ZERO.
+    NotSupported,
     /// `ESHUTDOWN`: the server is going away.
     Shutdown,
 }
@@ -146,6 +153,7 @@ impl Errno {
             Self::Invalid => 22,
             Self::NoSpace => 28,
             Self::Overflow => 75,
+            Self::NotSupported => 95,
             Self::Shutdown => 108,
         }
     }

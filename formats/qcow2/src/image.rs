@@ -252,6 +252,10 @@ impl BlockDevice for Qcow2 {
         self.zero(span, mode)
     }
 
+    fn zeroes_quickly(&self, span: Span, mode: Zeroing) -> bool {
+        mode == Zeroing::MayUnmap && self.is_mostly_whole(span)
+    }
+
     /// Whole clusters read as zero afterwards; parts of clusters stay as they are.
     fn discard(&self, span: Span) -> Result<()> {
         self.start_writing(span)?;

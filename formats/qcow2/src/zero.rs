@@ -31,6 +31,11 @@ impl Qcow2 {
         }
     }
 
+    /// Whether the most of `span` can become zero by table entries alone.
+    pub(crate) fn is_mostly_whole(&self, span: Span) -> bool {
+        self.can_zero() && self.whole(span).len >= span.len.div_ceil(2)
+    }
+
     /// Whether table entries can say that a cluster reads as zero.
     fn can_zero(&self) -> bool {
         self.header.version >= 3 || self.backing.is_none()

@@ -166,6 +166,17 @@ impl RawFile {
         }
     }
 
+    /// Whether the file system can punch holes, found out far past the end of the file.
+    /// Those that can also reserve space without writing to it.
+    fn can_punch(&self) -> bool {
+        const BEYOND: u64 = 1 << 30;
+        const BLOCK: u64 = 4096;
+        let start = self.len().saturating_add(BEYOND) & !BLOCK.wrapping_sub(1);
+        !self.is_block_device
+            && self.access == Access::ReadWrite
+            && rustix::fs::fallocate(&self.file, punch(), start, BLOCK).is_ok()
+    }
+
     pub(crate) fn write_zero_bytes(&self, span: Span) -> Result<()> {
         let mut offset = span.start;
         while offset < span.end() {
@@ -284,6 +295,10 @@ impl BlockDevice for RawFile {
             };
             if done { Ok(()) } else { self.write_zero_bytes(span) }
         })
+    }
+
+    fn zeroes_quickly(&self, _span: Span, _mode: Zeroing) -> bool {
+        *self.punches.get_or_init(|| self.can_punch())
     }
 
     fn discard(&self, span: Span) -> Result<()> {

@@ -7,7 +7,7 @@ use crate::lock::ImageLock;
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tranship_block::{Error, Result};
 
@@ -31,6 +31,8 @@ pub struct RawFile {
     pub(crate) sector_size: u32,
     pub(crate) holes: Holes,
     pub(crate) direct: Option<Direct>,
+    /// Whether the file system can punch holes, once somebody wanted to know.
+    pub(crate) punches: OnceLock<bool>,
     /// The image locks that are held.
     pub(crate) lock: Mutex<Option<ImageLock>>,
     /// Held while bytes go to the page cache.
@@ -122,6 +124,7 @@ impl RawFile {
             sector_size,
             holes: Holes::default(),
             direct: None,
+            punches: OnceLock::new(),
             lock: Mutex::new(None),
             writer: Mutex::new(()),
         })

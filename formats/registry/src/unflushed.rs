@@ -38,6 +38,9 @@ impl BlockDevice for Unflushed {
     fn write_zeroes(&self, span: Span, mode: Zeroing) -> Result<()> {
         self.0.write_zeroes(span, mode)
     }
+    fn zeroes_quickly(&self, span: Span, mode: Zeroing) -> bool {
+        self.0.zeroes_quickly(span, mode)
+    }
     fn discard(&self, span: Span) -> Result<()> {
         self.0.discard(span)
     }

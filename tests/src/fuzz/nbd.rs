@@ -40,10 +40,10 @@ pub(crate) fn server(input: &[u8]) {
     image.put(300_000, &vec![7; 70_000]);
     image.set_read_only(kind & 1 != 0);
     let export = Export {
-        name: "vda".to_owned(),
         description: "a disk".to_owned(),
-        device: Arc::new(image),
         read_only: kind & 2 != 0,
+        depth: kind & 4 != 0,
+        ..Export::new("vda", Arc::new(image))
     };
     // One request at a time: what follows must not depend on who is faster.
     let limits = Limits { requests: 1, status_extents: 64, ..Limits::default() };

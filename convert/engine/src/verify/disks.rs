@@ -19,12 +19,8 @@ pub(crate) fn serve(disks: &[Disk], folder: &Path, socket: &Path) -> Result<Runn
         .iter()
         .enumerate()
         .map(|(index, disk)| {
-            Ok(Export {
-                name: export(index),
-                description: String::new(),
-                device: overlay(disk, &folder.join(format!("overlay{index}")))?,
-                read_only: false,
-            })
+            let device = overlay(disk, &folder.join(format!("overlay{index}")))?;
+            Ok(Export::new(export(index), device))
         })
         .collect::<Result<Vec<Export>>>()?;
     let server = Server::bind(socket, exports, Limits::default()).and_then(Server::start);

@@ -12,17 +12,18 @@ const CLASSES: usize = 28;
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    pub(super) reads: Counter,
-    pub(super) writes: Counter,
-    pub(super) zeroes: Counter,
-    pub(super) discards: Counter,
-    pub(super) flushes: Counter,
-    pub(super) extents: Counter,
+    pub(super) reads: OperationCounter,
+    pub(super) writes: OperationCounter,
+    pub(super) zeroes: OperationCounter,
+    pub(super) discards: OperationCounter,
+    pub(super) flushes: OperationCounter,
+    pub(super) extents: OperationCounter,
     pub(super) zeroes_skipped: AtomicU64,
 }
 
+/// Counts operations of one kind and how long they take; shared freely between threads.
 #[derive(Debug, Default)]
-pub(super) struct Counter {
+pub struct OperationCounter {
     operations: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
@@ -101,8 +102,9 @@ impl Counters {
     }
 }
 
-impl Counter {
-    pub(super) fn note(&self, bytes: u64, good: bool, took: Duration) {
+impl OperationCounter {
+    /// An operation on `bytes` bytes ended, well or badly.
+    pub fn note(&self, bytes: u64, good: bool, took: Duration) {
         let add = |counter: &AtomicU64, more| {
             counter.fetch_add(more, Ordering::Relaxed);
         };
@@ -122,7 +124,8 @@ impl Counter {
         }
     }
 
-    fn snapshot(&self) -> OperationStatistics {
+    /// What was counted. An operation of another thread may be counted in part.
+    pub fn snapshot(&self) -> OperationStatistics {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let last = CLASSES.saturating_sub(1);
         let latency = self.latency.iter().enumerate().map(|(class, count)| LatencyClass {
@@ -179,7 +182,7 @@ mod tests {
 
     #[test]
     fn latencies_are_sorted_by_powers_of_two() {
-        let counter = Counter::default();
+        let counter = OperationCounter::default();
         for microseconds in [0, 1, 2, 3, 4, 1023, 1024, 1 << 26, u64::MAX] {
             counter.note(0, true, Duration::from_micros(microseconds));
         }
@@ -206,7 +209,7 @@ mod tests {
     #[test]
     fn shares_are_ends_of_classes_and_never_more_than_the_slowest() {
         let told = |latencies: &[u64]| {
-            let counter = Counter::default();
+            let counter = OperationCounter::default();
             for microseconds in latencies {
                 counter.note(0, true, Duration::from_micros(*microseconds));
             }

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A client that says exactly what a test wants it to say.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tranship_block::{BlockDevice, MemoryDevice};
-use tranship_nbd::{Export, Limits, Running, Server};
+use tranship_nbd::{Export, Limits, Place as ListensAt, Running, Server};
 
 pub(crate) const ACK: u32 = 1;
 pub(crate) const UNSUP: u32 = 0x8000_0001;
@@ -22,7 +25,7 @@ pub(crate) struct Place {
 }
 
 pub(crate) fn export(name: &str, device: Arc<dyn BlockDevice>) -> Export {
-    Export { name: name.to_owned(), description: "a test".to_owned(), device, read_only: false }
+    Export { description: "a test".to_owned(), ..Export::new(name, device) }
 }
 
 pub(crate) fn serve(exports: Vec<Export>, limits: Limits) -> Place {
@@ -47,15 +50,22 @@ pub(crate) fn sample() -> Arc<MemoryDevice> {
 
 impl Place {
     pub(crate) fn socket(&self) -> PathBuf {
-        self.running.path().to_owned()
+        match self.running.places() {
+            [ListensAt::Unix(path)] => path.clone(),
+            other => panic!("listens at {other:?}"),
+        }
     }
 
     pub(crate) fn connect(&self) -> Client {
-        Client::connect(self.running.path())
+        Client::connect(&self.socket())
     }
 }
 
-pub(crate) struct Client(pub(crate) UnixStream);
+/// A connection of either kind. A file is the one thing that both can become.
+pub(crate) struct Client(pub(crate) File, bool);
+
+/// No test waits longer for an answer.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A frame of the transmission phase.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,8 +78,18 @@ impl Client {
     /// Connects and reads the greeting.
     pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let mut client = Self(stream);
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        Self::over(stream.into())
+    }
+
+    pub(crate) fn connect_tcp(address: SocketAddr) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        Self::over(stream.into())
+    }
+
+    fn over(descriptor: OwnedFd) -> Self {
+        let mut client = Self(descriptor.into(), false);
         assert_eq!(client.take(16), b"NBDMAGICIHAVEOPT");
         assert_eq!(client.take(2), [0, 3]);
         client
@@ -131,6 +151,16 @@ impl Client {
         }
     }
 
+    /// As [`Self::go`], with extended headers and these contexts.
+    pub(crate) fn go_extended(&mut self, contexts: &[&str]) {
+        self.say(&3u32.to_be_bytes());
+        assert_eq!(self.option(11, b"").0, ACK);
+        let (kind, selected) = self.option(10, &meta("vda", contexts));
+        assert_eq!((kind, selected.len()), (ACK, contexts.len()));
+        assert_eq!(self.option(7, &info("vda", &[])).0, ACK);
+        self.1 = true;
+    }
+
     /// Goes through the whole handshake for the export `vda`.
     pub(crate) fn go(&mut self, structured: bool) {
         self.say(&3u32.to_be_bytes());
@@ -142,7 +172,11 @@ impl Client {
     }
 
     pub(crate) fn request(&mut self, flags: u16, command: u16, offset: u64, len: u32) {
-        self.say(&header(flags, command, 7, offset, len));
+        if self.1 {
+            self.say(&extended(flags, command, 7, offset, len.into()));
+        } else {
+            self.say(&header(flags, command, 7, offset, len));
+        }
     }
 
     pub(crate) fn reply(&mut self) -> Reply {
@@ -150,6 +184,12 @@ impl Client {
             0x6744_6698 => Reply::Simple { errno: self.u32(), cookie: self.u64() },
             0x668e_33ef => {
                 let (flags, kind, cookie, len) = (self.u16(), self.u16(), self.u64(), self.u32());
+                let payload = self.take(usize::try_from(len).unwrap());
+                Reply::Chunk { done: flags == 1, kind, cookie, payload }
+            }
+            0x6e8a_278c => {
+                let (flags, kind, cookie) = (self.u16(), self.u16(), self.u64());
+                let (_offset, len) = (self.u64(), self.u64());
                 let payload = self.take(usize::try_from(len).unwrap());
                 Reply::Chunk { done: flags == 1, kind, cookie, payload }
             }
@@ -184,6 +224,16 @@ impl Client {
 
 pub(crate) fn header(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+pub(crate) fn extended(flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    let mut bytes = 0x21e4_1c71u32.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());

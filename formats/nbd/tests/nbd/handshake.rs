@@ -20,7 +20,7 @@ fn export_name_is_answered_with_and_without_padding() {
         client.say(&flags.to_be_bytes());
         client.send_option(1, b"vda");
         assert_eq!(client.u64(), 1 << 20);
-        assert_eq!(client.u16(), 0x16d);
+        assert_eq!(client.u16(), 0xd6d);
         assert!(client.take(padding).iter().all(|byte| *byte == 0));
         assert_eq!(client.errno(0, 0, 5, 5), 0);
     }
@@ -72,7 +72,7 @@ fn info_and_go_give_what_was_asked_for() {
     let place = serve_one(sample());
     let mut client = place.connect();
     negotiating(&mut client);
-    let size = [&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0x01, 0x6d]].concat();
+    let size = [&[0, 0][..], &(1u64 << 20).to_be_bytes(), &[0x0d, 0x6d]].concat();
     let blocks =
         [&[0, 3, 0, 0, 0, 1][..], &4096u32.to_be_bytes(), &(32u32 << 20).to_be_bytes()].concat();
     assert_eq!(client.option(6, &info("vda", &[])), (ACK, vec![size.clone(), blocks.clone()]));

@@ -3,10 +3,14 @@
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a test are small")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod abuse;
 mod client;
+mod extended;
+mod files;
 mod foreign;
 mod handshake;
 mod hostile;
+mod listeners;
 mod oracle;
 mod reconnect;
 mod remote;

@@ -14,6 +14,7 @@ const WRITE: u16 = 1;
 const DISC: u16 = 2;
 const FLUSH: u16 = 3;
 const TRIM: u16 = 4;
+const CACHE: u16 = 5;
 const ZERO: u16 = 6;
 const STATUS: u16 = 7;
 
@@ -141,8 +142,18 @@ fn every_command_changes_what_it_says() {
         assert_eq!(client.errno(0, READ, 1 << 20, 0), 0);
     }
     let statistics = place.running.statistics("vda").unwrap();
-    assert_eq!((statistics.connections, statistics.writes, statistics.bytes_written), (2, 2, 10));
-    assert_eq!((statistics.zeroes, statistics.bytes_zeroed, statistics.flushes), (4, 8, 2));
+    let numbers = [
+        &statistics.writes,
+        &statistics.zeroes,
+        &statistics.trims,
+        &statistics.flushes,
+        &statistics.reads,
+    ]
+    .map(|kind| (kind.operations, kind.bytes));
+    assert_eq!(numbers, [(2, 10), (2, 6), (2, 2), (2, 0), (2, 0)]);
+    assert_eq!((statistics.connections, statistics.refused, statistics.errors), (2, 0, 0));
+    let classes = &statistics.writes.latency;
+    assert_eq!(classes.iter().map(|class| class.operations).sum::<u64>(), 2);
     assert_eq!(place.running.statistics("nope"), None);
 }
 
@@ -157,13 +168,15 @@ fn errors_have_the_specified_numbers_and_keep_the_connection() {
         (READ, 0x20, 0, 1, 22, 22),
         (ZERO, 0, end, 1, 28, 1),
         (ZERO, 0, 0, 1, 0, 1),
-        (ZERO, 0x10, 0, 1, 22, 22),
+        (ZERO, 0x20, 0, 1, 22, 22),
+        (CACHE, 0, 0, 1 << 20, 0, 0),
+        (CACHE, 0, end, 1, 22, 22),
+        (CACHE, 2, 0, 1, 22, 22),
         (TRIM, 0, end - 1, 2, 22, 1),
         (TRIM, 0, 0, 1, 0, 1),
         (STATUS, 0, 0, 0, 22, 22),
         (STATUS, 0, end, 1, 22, 22),
         (FLUSH, 0, 1, 0, 22, 22),
-        (5, 0, 0, 1, 22, 22),
         (8, 0, 0, 0, 22, 22),
         (999, 0, 0, 0, 22, 22),
     ];

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Raw files, whose bytes go to clients without a copy.
+
+use crate::client::{Client, Place, Reply, header, serve_one};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tranship_raw::{Access, RawFile};
+
+const SIZE: usize = (5 << 20) + 1536;
+
+/// Noise with a hole from 1 to 2 MiB.
+fn disk() -> (tempfile::TempDir, PathBuf, Vec<u8>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    let mut state = 7_u32;
+    let mut bytes: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_be_bytes()[0]
+    })
+    .take(SIZE)
+    .collect();
+    bytes[1 << 20..2 << 20].fill(0);
+    fs::write(&path, &bytes).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    rustix::fs::fallocate(
+        &file,
+        rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+        1 << 20,
+        1 << 20,
+    )
+    .unwrap();
+    (folder, path, bytes)
+}
+
+fn serve(path: &std::path::Path) -> Place {
+    serve_one(Arc::new(RawFile::open(path, Access::ReadWrite).unwrap()))
+}
+
+/// The bytes that a structured read gives, and its error if it has one.
+fn gather(client: &mut Client, start: u64, len: usize) -> (Vec<u8>, Option<Vec<u8>>) {
+    let mut bytes = vec![0xaa; len];
+    loop {
+        let Reply::Chunk { done, kind, cookie: 7, payload } = client.reply() else {
+            panic!("no chunk");
+        };
+        let at = |payload: &[u8]| {
+            let offset = u64::from_be_bytes(*payload.first_chunk().unwrap());
+            usize::try_from(offset - start).unwrap()
+        };
+        match kind {
+            0 => {}
+            1 => bytes[at(&payload)..][..payload.len() - 8].copy_from_slice(&payload[8..]),
+            2 => {
+                let len = u32::from_be_bytes(*payload[8..].first_chunk().unwrap());
+                bytes[at(&payload)..][..usize::try_from(len).unwrap()].fill(0);
+            }
+            _ => return (bytes, Some(payload)),
+        }
+        if done {
+            return (bytes, None);
+        }
+    }
+}
+
+#[test]
+fn reads_of_every_length_give_the_bytes_of_the_file() {
+    let (_folder, path, bytes) = disk();
+    let place = serve(&path);
+    for framing in 0..3 {
+        let mut client = place.connect();
+        match framing {
+            0 => client.go(false),
+            1 => client.go(true),
+            _ => client.go_extended(&[]),
+        }
+        for (start, len) in [
+            (0, 1),
+            (5, 4096),
+            (1, 32 << 10),
+            (0, (32 << 10) + 1),
+            (3, 256 << 10),
+            ((1 << 20) - 100_000, 300_000),
+            ((1 << 20) - 7, (1 << 20) + 14),
+            (0, SIZE),
+            (SIZE - 1536, 1536),
+            (SIZE - 100_000, 100_000),
+        ] {
+            for flags in [0, 4] {
+                if flags == 4 && framing == 0 {
+                    continue;
+                }
+                let offset = u64::try_from(start).unwrap();
+                client.request(flags, 0, offset, u32::try_from(len).unwrap());
+                let seen = if framing == 0 {
+                    assert!(matches!(client.reply(), Reply::Simple { errno: 0, cookie: 7 }));
+                    client.take(len)
+                } else {
+                    gather(&mut client, offset, len).0
+                };
+                assert!(seen == bytes[start..start + len], "{framing} {start} {len} {flags}");
+            }
+        }
+    }
+    let reads = place.running.statistics("vda").unwrap().reads;
+    assert_eq!((reads.operations, reads.errors), (50, 0));
+}
+
+#[test]
+fn many_small_requests_in_one_packet_are_all_answered() {
+    let (_folder, path, bytes) = disk();
+    let place = serve(&path);
+    let mut client = place.connect();
+    client.go(true);
+    let mut packet = Vec::new();
+    for cookie in 0..500_u64 {
+        packet.extend(header(0, 1, cookie, cookie * 4096, 4096));
+        packet.extend(vec![cookie.to_le_bytes()[0]; 4096]);
+        packet.extend(header(0, 0, 1000 + cookie, (2 << 20) + cookie * 4096, 4096));
+    }
+    let mut writer = client.0.try_clone().unwrap();
+    let sending = std::thread::spawn(move || writer.write_all(&packet).unwrap());
+    let mut cookies = Vec::new();
+    for _ in 0..1000 {
+        cookies.push(match client.reply() {
+            Reply::Simple { errno: 0, cookie } => cookie,
+            Reply::Chunk { done: true, kind: 1, cookie, payload } => {
+                let at = usize::try_from(cookie - 1000).unwrap() * 4096 + (2 << 20);
+                assert!(at < 2_048_000 || payload[8..] == bytes[at..at + 4096]);
+                cookie
+            }
+            other => panic!("{other:?}"),
+        });
+    }
+    sending.join().unwrap();
+    cookies.sort_unstable();
+    assert_eq!(cookies, (0..500).chain(1000..1500).collect::<Vec<_>>());
+    let written = fs::read(&path).unwrap();
+    for (at, page) in written.chunks(4096).take(500).enumerate() {
+        assert!(page.iter().all(|byte| usize::from(*byte) == at % 256), "{at}");
+    }
+}
+
+#[test]
+fn a_file_that_loses_its_end_is_an_error_and_not_the_end() {
+    let (_folder, path, bytes) = disk();
+    let place = serve(&path);
+    let mut client = place.connect();
+    client.go(true);
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(3 << 20).unwrap();
+    // The last byte is gone, so that it takes a look into the file to know.
+    client.request(0, 0, 2 << 20, 2 << 20);
+    let (seen, error) = gather(&mut client, 2 << 20, 2 << 20);
+    let error = error.expect("the file has ended");
+    assert_eq!(error[..4], 5u32.to_be_bytes());
+    assert!(seen[..512 << 10] == bytes[2 << 20..][..512 << 10]);
+    assert_eq!(client.errno(0, 0, 0, 1 << 20), 0);
+}
