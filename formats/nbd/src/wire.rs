@@ -100,7 +100,7 @@ pub(crate) mod command_flag {
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
     pub(crate) const FAST_ZERO: u16 = 1 << 4;
-    /// Extended headers: the length is that of a payload. Must be set on WRITE.
+    /// Extended headers: the length is that of a payload. Should be set on WRITE.
     pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
 }
 

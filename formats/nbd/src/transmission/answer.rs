@@ -39,8 +39,10 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
             Command::FilteredStatus { .. } | Command::Disconnect => return Ok(()),
         };
         let done = self.carry_out(frame, &request.command, buffer);
+        // Before the reply, so that whoever has got it finds it counted.
+        counter.note(bytes, done.is_ok(), request.arrived.elapsed());
         let mut head = Vec::new();
-        let replied = match &done {
+        match &done {
             Ok(true) => Ok(()),
             Ok(false) => {
                 frame.done(&mut head);
@@ -55,9 +57,7 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
                 self.send(&head, &[])
             }
             Err(Failure::Stream(error)) => Err(error.kind().into()),
-        };
-        counter.note(bytes, done.is_ok(), request.arrived.elapsed());
-        replied
+        }
     }
 
     /// Carries out a request. True if the reply has been sent.

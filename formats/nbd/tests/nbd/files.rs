@@ -3,7 +3,7 @@
 
 use crate::client::{Client, Place, Reply, header, serve_one};
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tranship_raw::{Access, RawFile};
@@ -143,18 +143,37 @@ fn many_small_requests_in_one_packet_are_all_answered() {
 }
 
 #[test]
-fn a_file_that_loses_its_end_is_an_error_and_not_the_end() {
+fn a_file_that_loses_its_end_meanwhile_is_an_error_and_not_the_end() {
     let (_folder, path, bytes) = disk();
     let place = serve(&path);
-    let mut client = place.connect();
-    client.go(true);
     let file = File::options().write(true).open(&path).unwrap();
-    file.set_len(3 << 20).unwrap();
-    // The last byte is gone, so that it takes a look into the file to know.
-    client.request(0, 0, 2 << 20, 2 << 20);
-    let (seen, error) = gather(&mut client, 2 << 20, 2 << 20);
-    let error = error.expect("the file has ended");
-    assert_eq!(error[..4], 5u32.to_be_bytes());
-    assert!(seen[..512 << 10] == bytes[2 << 20..][..512 << 10]);
-    assert_eq!(client.errno(0, 0, 0, 1 << 20), 0);
+    for structured in [true, false] {
+        file.set_len(u64::try_from(SIZE).unwrap()).unwrap();
+        fs::write(&path, &bytes).unwrap();
+        let mut client = place.connect();
+        client.go(structured);
+        // Much more than a socket holds: the server waits in the middle of the file.
+        client.request(4 * u16::from(structured), 0, 2 << 20, 3 << 20);
+        let head = client.take(if structured { 28 } else { 16 });
+        assert_eq!(
+            head[..4],
+            if structured { [0x66, 0x8e, 0x33, 0xef] } else { [0x67, 0x44, 0x66, 0x98] }
+        );
+        let mut data = client.take(100_000);
+        file.set_len(3 << 20).unwrap();
+        if !structured {
+            let mut rest = Vec::new();
+            client.0.read_to_end(&mut rest).unwrap();
+            assert!(rest.len() <= (3 << 20) - 100_000);
+            continue;
+        }
+        data.extend(client.take((3 << 20) - 100_000));
+        assert!(data[..1 << 20] == bytes[2 << 20..3 << 20]);
+        assert!(data[2 << 20..].iter().all(|byte| *byte == 0));
+        let Reply::Chunk { done: true, kind: 0x8002, payload, .. } = client.reply() else {
+            panic!("no error with an offset");
+        };
+        assert_eq!(payload[..4], 5u32.to_be_bytes());
+        assert_eq!(client.errno(0, 0, 0, 1 << 20), 0);
+    }
 }
