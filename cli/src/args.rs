@@ -6,7 +6,9 @@ mod appliance;
 mod convert;
 pub(crate) mod image;
 mod metering;
+pub(crate) mod nbd;
 mod network;
+pub(crate) mod serve;
 mod shell;
 mod values;
 mod verify_boot;
@@ -17,6 +19,8 @@ pub(crate) use appliance::{ExportArgs, ImportArgs, ShellArgs as ApplianceShellAr
 pub(crate) use convert::ConvertArgs;
 pub(crate) use image::ImageArgs;
 pub(crate) use metering::MeteringArgs;
+pub(crate) use nbd::NbdArgs;
+pub(crate) use serve::ServeArgs;
 pub(crate) use shell::{MountArgument, ShellArgs};
 pub(crate) use verify_boot::VerifyBootArgs;
 
@@ -50,6 +54,10 @@ pub(crate) enum Command {
     Appliance(ApplianceArgs),
     /// Look at, make, check and copy disk images, with qemu-img's commands
     Image(Box<ImageArgs>),
+    /// Give NBD clients access to disks of any format, with qemu-nbd's options
+    Serve(Box<ServeArgs>),
+    /// Ask NBD servers what they offer
+    Nbd(NbdArgs),
     /// Print a script that completes command lines
     Completions {
         /// The shell that it is for
@@ -111,6 +119,7 @@ pub(crate) fn definition() -> clap::Command {
     Cli::command()
         .mut_subcommand("convert", words::describe)
         .mut_subcommand("image", image::describe)
+        .mut_subcommand("serve", serve::describe)
 }
 
 /// Parses the words of the command line, the program's name first.
@@ -126,6 +135,8 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         }
         Personality::Guestfish => (link(ShellArgs::augment_args(named("guestfish"))), rest),
         Personality::QemuImg => return image::parse(rest),
+        Personality::QemuNbd => return serve::parse(rest),
+        Personality::Nbdinfo => return nbd::parse(rest),
         Personality::Tranship | Personality::NotYet(_) => {
             let definition = definition();
             match rest.split_first() {
@@ -147,11 +158,13 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         }
     };
     let name = program.unwrap_or_else(|| "tranship".into());
-    // Its commands have qemu-img's exit codes, also for mistakes in their options.
-    let is_image = rest.first().is_some_and(|first| first == "image");
+    // Their exit codes are those of the tools whose options they have, also for mistakes.
+    let is_tool = rest
+        .first()
+        .is_some_and(|first| ["image", "serve", "nbd"].iter().any(|command| first == *command));
     let wrong = |error: clap::Error| {
         let outcome = text_or_failure(&error);
-        if is_image { outcome.map_err(|failure| failure.exiting_with(1)) } else { outcome }
+        if is_tool { outcome.map_err(|failure| failure.exiting_with(1)) } else { outcome }
     };
     let matches = match definition.try_get_matches_from(std::iter::once(name).chain(rest)) {
         Ok(matches) => matches,
@@ -164,17 +177,19 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         Personality::Guestfish => {
             ShellArgs::with_drives(&matches).map(|args| Command::Shell(Box::new(args)))
         }
-        Personality::Tranship | Personality::QemuImg | Personality::NotYet(_) => {
-            match matches.subcommand() {
-                Some(("shell", options)) => {
-                    ShellArgs::with_drives(options).map(|args| Command::Shell(Box::new(args)))
-                }
-                Some(("image", options)) => {
-                    image::from_matches(options).map(|args| Command::Image(Box::new(args)))
-                }
-                _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
+        Personality::Tranship
+        | Personality::QemuImg
+        | Personality::QemuNbd
+        | Personality::Nbdinfo
+        | Personality::NotYet(_) => match matches.subcommand() {
+            Some(("shell", options)) => {
+                ShellArgs::with_drives(options).map(|args| Command::Shell(Box::new(args)))
             }
-        }
+            Some(("image", options)) => {
+                image::from_matches(options).map(|args| Command::Image(Box::new(args)))
+            }
+            _ => Cli::from_arg_matches(&matches).map(|cli| cli.command),
+        },
     };
     command.map(Parsed::Command).or_else(wrong)
 }

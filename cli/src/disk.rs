@@ -52,7 +52,7 @@ pub(crate) fn open(
 }
 
 /// An overlay in a file without a name: it ends with this process, however that ends.
-fn overlay(backing: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failure> {
+pub(crate) fn overlay(backing: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failure> {
     let file =
         tempfile::tempfile().map_err(|error| Failure::io("making a temporary file", &error))?;
     let name = std::env::temp_dir().join("overlay of a read-only disk");

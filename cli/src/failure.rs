@@ -144,7 +144,10 @@ impl Failure {
     /// All of it as the program does it that the caller thinks this is.
     pub(crate) fn render_for(&self, personality: Personality) -> String {
         let program = personality.program();
-        if personality != Personality::QemuImg {
+        if !matches!(
+            personality,
+            Personality::QemuImg | Personality::QemuNbd | Personality::Nbdinfo
+        ) {
             return self.render(program);
         }
         let mut text = program.to_owned();

@@ -14,9 +14,11 @@ mod failure;
 mod generate;
 mod image;
 mod logging;
+mod nbd;
 mod personality;
 mod places;
 mod report;
+mod serve;
 mod shell;
 mod signals;
 mod source_text;
@@ -68,6 +70,8 @@ fn run(personality: Personality, words: Vec<OsString>) -> Result<u8, Failure> {
         Command::Shell(options) => shell::run(personality, &options),
         Command::Appliance(options) => appliance::run(&options),
         Command::Image(options) => image::run(personality, &options),
+        Command::Serve(options) => serve::run(personality, &options),
+        Command::Nbd(options) => nbd::run(personality, &options),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { folder } => generate::man(folder.as_deref()),
     }

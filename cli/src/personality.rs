@@ -10,9 +10,7 @@ use tranship_convert::ErrorKind;
 const NOT_YET: &[&str] = &[
     "guestmount",
     "nbdcopy",
-    "nbdinfo",
     "nbdkit",
-    "qemu-nbd",
     "virt-cat",
     "virt-customize",
     "virt-df",
@@ -38,6 +36,10 @@ pub(crate) enum Personality {
     Guestfish,
     /// `qemu-img`: the commands of `tranship image`, with its messages and exit codes.
     QemuImg,
+    /// `qemu-nbd`: the options of `tranship serve`, with its messages and exit codes.
+    QemuNbd,
+    /// `nbdinfo`: the options of `tranship nbd info`, with its exit codes.
+    Nbdinfo,
     /// One of the programs that are not there yet.
     NotYet(&'static str),
 }
@@ -50,6 +52,8 @@ impl Personality {
             Some("virt-v2v") => Self::VirtV2v,
             Some("guestfish") => Self::Guestfish,
             Some("qemu-img") => Self::QemuImg,
+            Some("qemu-nbd") => Self::QemuNbd,
+            Some("nbdinfo") => Self::Nbdinfo,
             Some(name) => NOT_YET
                 .iter()
                 .find(|known| **known == name)
@@ -64,6 +68,8 @@ impl Personality {
             Self::VirtV2v => "virt-v2v",
             Self::Guestfish => "guestfish",
             Self::QemuImg => "qemu-img",
+            Self::QemuNbd => "qemu-nbd",
+            Self::Nbdinfo => "nbdinfo",
             Self::Tranship | Self::NotYet(_) => "tranship",
         }
     }
@@ -75,7 +81,10 @@ pub(crate) fn not_yet(name: &str) -> Failure {
         ErrorKind::Usage,
         format!("tranship cannot be called as {name}: it is not there yet"),
     )
-    .hint("links named virt-v2v, guestfish and qemu-img work; everything else is `tranship --help`")
+    .hint(
+        "links named virt-v2v, guestfish, qemu-img, qemu-nbd and nbdinfo work; everything else \
+         is `tranship --help`",
+    )
 }
 
 #[cfg(test)]
@@ -88,7 +97,9 @@ mod tests {
             ("/usr/bin/virt-v2v", Personality::VirtV2v),
             ("guestfish", Personality::Guestfish),
             ("./qemu-img", Personality::QemuImg),
-            ("qemu-nbd", Personality::NotYet("qemu-nbd")),
+            ("/usr/bin/qemu-nbd", Personality::QemuNbd),
+            ("nbdinfo", Personality::Nbdinfo),
+            ("nbdkit", Personality::NotYet("nbdkit")),
             ("/opt/tranship", Personality::Tranship),
             ("renamed", Personality::Tranship),
         ] {

@@ -6,7 +6,7 @@
 
 mod change;
 mod copy;
-mod getopt;
+pub(super) mod getopt;
 mod look;
 
 pub(crate) use change::{

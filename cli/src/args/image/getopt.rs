@@ -42,13 +42,19 @@ pub(super) fn try_help(program: &str, command: &str) -> String {
 pub(super) fn failure(program: &str, rest: &[OsString], error: &clap::Error) -> Failure {
     let first = rest.first().map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
     let command = if first.starts_with('-') { String::new() } else { first };
+    let failure = Failure::usage(message(rest, error)).hint(try_help(program, &command));
+    if command.is_empty() { failure } else { failure.of_command(command) }
+}
+
+/// The mistake in getopt's words.
+pub(in crate::args) fn message(rest: &[OsString], error: &clap::Error) -> String {
     let named = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(text)) => text.clone(),
         _ => String::new(),
     };
     let word = named.split(['=', ' ']).next().unwrap_or_default();
     let letter = word.strip_prefix('-').filter(|rest| !rest.starts_with('-'));
-    let message = match error.kind() {
+    match error.kind() {
         ErrorKind::UnknownArgument => match letter {
             Some(letter) => format!("invalid option -- '{letter}'"),
             None => format!("unrecognized option '{word}'"),
@@ -62,9 +68,7 @@ pub(super) fn failure(program: &str, rest: &[OsString], error: &clap::Error) -> 
             let text = text.strip_prefix("error: ").unwrap_or(&text);
             text.lines().next().unwrap_or_default().to_owned()
         }
-    };
-    let failure = Failure::usage(message).hint(try_help(program, &command));
-    if command.is_empty() { failure } else { failure.of_command(command) }
+    }
 }
 
 /// The value of the last word is missing: there is no other way to lack one.

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `serve`: disks of any format for any NBD client, with qemu-nbd's options and exit codes,
+//! and nbdkit's way to run a command meanwhile.
+
+mod activation;
+mod background;
+mod command;
+mod disk;
+mod guard;
+mod list;
+mod listening;
+mod policy;
+mod settings;
+mod statistics;
+mod watch;
+
+use crate::args::{ServeArgs, Talk};
+use crate::failure::Failure;
+use crate::image::console::Console;
+use crate::personality::Personality;
+use crate::{logging, stdout};
+use command::Running;
+use disk::Opening;
+use listening::Serving;
+use settings::Settings;
+use statistics::Telling;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use tranship_block::Meter;
+use watch::{Ended, Watch};
+
+/// Does what the options ask for. The exit code of a failure is 1.
+pub(crate) fn run(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
+    let outcome = if args.list { list::run(args) } else { serve(personality, args) };
+    outcome.map_err(|failure| failure.exiting_with(1))
+}
+
+fn serve(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
+    if args.fork && !background::is_child() {
+        return background::start(args);
+    }
+    // Before this program opens anything that could get these numbers.
+    let inherited = activation::take()?;
+    let settings = Settings::of(args, personality, !inherited.is_empty())?;
+    logging::start(&Talk { verbose: args.verbose, trace: false });
+    let telling = Telling::start(args.statistics.as_deref())?;
+    let meter = Meter::new(settings.rate, args.statistics.is_some());
+    let console = Console::new(personality);
+    let opening = Opening { args, settings: &settings, meter: &meter, console };
+    let exports =
+        settings.disks.iter().map(|named| opening.open(named)).collect::<Result<Vec<_>, _>>()?;
+    // From here on a signal ends the work in order.
+    let mut watch = Watch::start()?;
+    let serving = Serving::start(&settings, inherited, exports)?;
+    if let Some(path) = &args.pid_file {
+        write_number(path)?;
+    }
+    announce(&serving)?;
+    if args.fork {
+        background::ready()?;
+    }
+    let command = match &args.run {
+        Some(text) => Some(Running::start(text, &serving)?),
+        None => None,
+    };
+    let is_persistent = args.persistent || command.is_some();
+    let tell = |because: statistics::Because| telling.tell(&serving, &meter, because);
+    let ended = watch.wait(&serving, is_persistent, command, &tell);
+    let told = tell(statistics::Because::TheEnd);
+    serving.stop()?;
+    told?;
+    match ended? {
+        Ended::Served => Ok(0),
+        Ended::Command(code) => Ok(code),
+    }
+}
+
+/// Writes the number of this process to a file that stays, as qemu-nbd does.
+fn write_number(path: &Path) -> Result<(), Failure> {
+    let failed = |error: std::io::Error| {
+        Failure::usage(format!("cannot create PID file: Cannot open pid file {}", path.display()))
+            .because(&error)
+    };
+    let mut options = std::fs::File::options();
+    let mut file =
+        options.write(true).create(true).truncate(true).mode(0o600).open(path).map_err(failed)?;
+    writeln!(file, "{}", std::process::id()).map_err(failed)
+}
+
+/// Says where clients connect, if they could not know.
+fn announce(serving: &Serving) -> Result<(), Failure> {
+    match serving.chosen_port() {
+        Some(port) => stdout::print(&format!("{port}\n")),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Opens the disks that are served.
+
+use super::guard::StaysRaw;
+use super::settings::{Named, Settings};
+use crate::args::ServeArgs;
+use crate::disk::overlay;
+use crate::failure::Failure;
+use crate::image::console::Console;
+use crate::image::secrets;
+use crate::image::source::{self, Source};
+use std::path::Path;
+use std::sync::Arc;
+use tranship_block::{BlockDevice, ErrorKind, Meter, Slice, Span};
+use tranship_formats::{Format, Locking, OpenOptions, Opened, Spec, Trust};
+
+/// How disks are opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Opening<'a> {
+    pub(super) args: &'a ServeArgs,
+    pub(super) settings: &'a Settings,
+    pub(super) meter: &'a Meter,
+    pub(super) console: Console,
+}
+
+/// A disk that clients can have.
+#[derive(Debug)]
+pub(super) struct Offered {
+    pub(super) name: String,
+    pub(super) description: String,
+    pub(super) device: Arc<dyn BlockDevice>,
+    pub(super) read_only: bool,
+}
+
+impl Opening<'_> {
+    /// Opens a disk for clients.
+    pub(super) fn open(&self, named: &Named) -> Result<Offered, Failure> {
+        let args = self.args;
+        let is_kept = args.read_only || args.load_snapshot.is_some();
+        let (source, is_guess) = self.image(named, is_kept || args.snapshot)?;
+        let device = source.device(args.load_snapshot.as_deref())?;
+        let device = match (args.snapshot, is_kept) {
+            (true, false) => overlay(device)?,
+            (_, true) => device,
+            (false, false) if device.is_read_only() => {
+                self.console.warn(&format!(
+                    "{} can only be read, and so can its export",
+                    named.disk.display()
+                ));
+                device
+            }
+            (false, false) => {
+                let path = Path::new(&named.disk).to_owned();
+                let device = match is_guess {
+                    true => Arc::new(StaysRaw::new(device, path)),
+                    false => device,
+                };
+                self.settings.policy.over(device)
+            }
+        };
+        Ok(Offered {
+            name: named.export.clone(),
+            description: args.description.clone().unwrap_or_default(),
+            read_only: is_kept || device.is_read_only(),
+            device: self.part(device)?,
+        })
+    }
+
+    /// Opens the image with what it is based on; whether its format was guessed to be raw.
+    fn image(&self, named: &Named, read_only: bool) -> Result<(Source, bool), Failure> {
+        let args = self.args;
+        let shown = named.disk.to_string_lossy().into_owned();
+        let failed = |failure: Failure| failure.within(format!("Failed to blk_new_open '{shown}'"));
+        let format = args.format.as_deref().map(source::format_named).transpose();
+        let format = format.map_err(failed)?;
+        let spec = match (named.disk.to_str(), args.image_opts) {
+            (Some(text), true) => Spec::from_options(text),
+            (Some(text), false) => Spec::from_name(text),
+            (None, _) => Ok(Spec::from_path(Path::new(&named.disk))),
+        };
+        let spec = spec.map_err(|error| failed(error.into()))?;
+        let meter = self.meter.disk("export", &shown);
+        let options = OpenOptions {
+            format,
+            read_only,
+            // Those who write an image do not decide which files of the host are served.
+            trust: Trust::Folder,
+            allowed: args.allow_path.clone(),
+            guess_backing: true,
+            without_backing: false,
+            salvage: args.salvage,
+            locking: Locking::On,
+            direct: self.settings.direct,
+            direct_below: self.settings.direct,
+            secrets: secrets::parse(&args.object)?,
+            meter: meter.clone(),
+        };
+        let opened = tranship_formats::open_spec(&spec, &options).map_err(|error| {
+            let kind = error.kind();
+            let failure = failed(Failure::from(error));
+            match kind {
+                ErrorKind::Busy => {
+                    failure.hint(format!("Is another process using the image [{shown}]?"))
+                }
+                ErrorKind::Denied => {
+                    failure.hint("--allow-path DIR lets images open what lies below DIR")
+                }
+                _ => failure,
+            }
+        })?;
+        let is_guess = spec.format.is_none() && format.is_none() && opened.format == Format::Raw;
+        if is_guess && !read_only {
+            Console::warn_of_guessed_raw(&shown);
+        }
+        self.warn(&opened, is_guess);
+        Ok((Source { name: shown, spec, opened, meter }, is_guess))
+    }
+
+    fn warn(&self, opened: &Opened, is_guess: bool) {
+        // What was guessed has been told, or does no harm to those who only read.
+        let is_told = |text: &&String| is_guess && text.contains("nothing was recognised");
+        for warning in opened.warnings.iter().filter(|text| !is_told(text)) {
+            self.console.warn(warning);
+        }
+    }
+
+    /// The disk from its offset on.
+    fn part(&self, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, Failure> {
+        let offset = self.settings.offset;
+        if offset == 0 {
+            return Ok(device);
+        }
+        let size = device.size();
+        match size.checked_sub(offset) {
+            Some(len) if len > 0 => Ok(Arc::new(Slice::new(device, Span::new(offset, len))?)),
+            _ => Err(Failure::usage(format!(
+                "Offset ({offset}) has to be smaller than the image size ({size})"
+            ))),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `--run`: a command that lives with the server.
+
+use crate::bench::Bench;
+use crate::support::{Finished, SHORT};
+use rustix::process::Signal;
+use std::fs;
+use std::process::Command;
+
+fn command(bench: &Bench, options: &[&str], script: &str) -> Command {
+    let mut words = vec!["serve", "-f", "raw", "-r"];
+    words.extend(options);
+    words.extend(["--run", script, "d.raw"]);
+    bench.place.tranship(&words)
+}
+
+fn run(bench: &Bench, options: &[&str], script: &str) -> Finished {
+    bench.place.start(command(bench, options, script)).wait(SHORT)
+}
+
+#[test]
+fn the_commands_end_is_the_end() {
+    let Some(bench) = Bench::new() else { return };
+    bench.disk("d.raw", "raw");
+    for (script, code) in [("exit 7", 7), ("true", 0), ("kill -9 $$", 137), ("nonsense-x", 127)] {
+        let ended = run(&bench, &["-U", "-"], script).ended_with(code);
+        if code == 137 {
+            ended.saying("killed by signal 9");
+        }
+        assert_eq!(bench.place.left_behind(), [""; 0], "{script}");
+    }
+}
+
+#[test]
+fn variables_lead_to_the_server() {
+    let Some(bench) = Bench::new() else { return };
+    bench.disk("d.raw", "raw");
+    let ended = run(&bench, &["-U", "-"], r#"nbdinfo --size "$uri" && test "$nbd" = "$uri""#);
+    assert_eq!(ended.ended_with(0).stdout, "4194304\n");
+    let name = "/odd name?&#%ü'$x";
+    let script = r#"printf '%s\n' "$exportname"; test -S "$unixsocket" && test -z "$port" &&
+        nbdinfo --size "$uri""#;
+    let ended = run(&bench, &["-U", "-", "-x", name], script).ended_with(0);
+    assert_eq!(ended.stdout, format!("{name}\n4194304\n"));
+    // Several clients one after the other do not end it.
+    let ended = run(&bench, &["-U", "sock"], r#"for i in 1 2 3; do nbdinfo --size "$uri"; done"#);
+    assert_eq!(ended.ended_with(0).stdout, "4194304\n".repeat(3));
+    assert!(!bench.path("sock").exists());
+}
+
+#[test]
+fn a_signal_ends_the_command_first() {
+    let Some(bench) = Bench::new() else { return };
+    bench.disk("d.raw", "raw");
+    let script = "trap 'echo over > ended; exit 5' TERM; touch begun; sleep 60 & wait";
+    let begun = bench.path("begun");
+    let mut running = bench.place.start(command(&bench, &["-U", "-"], script));
+    running.until("command", SHORT, || begun.exists());
+    running.signal(Signal::TERM);
+    running.wait(SHORT).ended_with(5);
+    assert_eq!(fs::read_to_string(bench.path("ended")).unwrap(), "over\n");
+    assert_eq!(bench.place.processes(), [""; 0]);
+    assert_eq!(bench.place.left_behind(), [""; 0]);
+}
