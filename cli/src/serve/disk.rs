@@ -12,6 +12,8 @@ use crate::image::source::{self, Source};
 use std::path::Path;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, ErrorKind, Meter, Slice, Span};
+use tranship_nbd::{DirtyBitmap, ExportedBitmap};
+use tranship_qcow2::BitmapContent;
 use tranship_formats::{Format, Locking, OpenOptions, Opened, Spec, Trust};
 
 /// How disks are opened.
@@ -30,6 +32,24 @@ pub(super) struct Offered {
     pub(super) description: String,
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) read_only: bool,
+    pub(super) bitmaps: Vec<ExportedBitmap>,
+}
+
+/// A bitmap as it was when the disk was opened.
+#[derive(Debug)]
+struct Kept {
+    content: BitmapContent,
+    offset: u64,
+}
+
+impl DirtyBitmap for Kept {
+    fn dirty_at(&self, offset: u64) -> tranship_block::Result<(bool, u64)> {
+        match self.content.dirty_at(offset.saturating_add(self.offset)) {
+            // The disk is longer than the bitmap knows.
+            (_, 0) => Ok((false, u64::MAX)),
+            known => Ok(known),
+        }
+    }
 }
 
 impl Opening<'_> {
@@ -38,6 +58,7 @@ impl Opening<'_> {
         let args = self.args;
         let is_kept = args.read_only || args.load_snapshot.is_some();
         let (source, is_guess) = self.image(named, is_kept || args.snapshot)?;
+        let bitmaps = self.bitmaps(&source, is_kept)?;
         let device = source.device(args.load_snapshot.as_deref())?;
         let device = match (args.snapshot, is_kept) {
             (true, false) => overlay(device)?,
@@ -61,6 +82,7 @@ impl Opening<'_> {
         Ok(Offered {
             name: named.export.clone(),
             description: args.description.clone().unwrap_or_default(),
+            bitmaps,
             read_only: is_kept || device.is_read_only(),
             device: self.part(device)?,
         })
@@ -114,6 +136,29 @@ impl Opening<'_> {
         }
         self.warn(&opened, is_guess);
         Ok((Source { name: shown, spec, opened, meter }, is_guess))
+    }
+
+    /// The bitmaps of the image that clients are to see.
+    fn bitmaps(&self, source: &Source, is_kept: bool) -> Result<Vec<ExportedBitmap>, Failure> {
+        let layers = &source.opened.layers;
+        let layer = layers.first().filter(|layer| layer.format == Format::Qcow2);
+        let find = |name: &String| {
+            let missing = || Failure::usage(format!("Bitmap '{name}' is not found"));
+            let layer = layer.ok_or_else(missing)?;
+            let known = tranship_qcow2::bitmaps(&layer.file)?;
+            let known = known.into_iter().find(|known| known.name == *name);
+            if known.ok_or_else(missing)?.is_enabled && !is_kept && !self.args.snapshot {
+                return Err(Failure::usage(format!(
+                    "bitmap '{name}' changes with every write, and clients would see it as it \
+                     is now"
+                ))
+                .hint("serve the disk with -r, or disable the bitmap"));
+            }
+            let content = BitmapContent::read(&layer.file, name)?;
+            let bitmap = Arc::new(Kept { content, offset: self.settings.offset });
+            Ok(ExportedBitmap { name: name.clone(), bitmap })
+        };
+        self.args.bitmap.iter().map(find).collect()
     }
 
     fn warn(&self, opened: &Opened, is_guess: bool) {

@@ -3,23 +3,22 @@
 
 use super::disk::Offered;
 use super::settings::{Settings, Wanted};
-use crate::args::ServeArgs;
 use crate::failure::Failure;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 use tempfile::TempDir;
-use tranship_nbd::{Export, Limits, Running, Server};
-
-/// Time between two looks at the clients.
-const LOOK: Duration = Duration::from_millis(10);
+use tranship_nbd::{Address, Export, Limits, Listener, Place, Running, Server, Uri};
 
 /// Disks that clients can connect to.
 #[derive(Debug)]
 pub(super) struct Serving {
     running: Running,
     exports: Vec<String>,
+    places: Vec<Place>,
+    /// The port was left to the system.
+    is_port_chosen: bool,
     /// The folder of a private socket.
     _folder: Option<TempDir>,
 }
@@ -31,34 +30,46 @@ impl Serving {
         inherited: Vec<OwnedFd>,
         disks: Vec<Offered>,
     ) -> Result<Self, Failure> {
-        if !inherited.is_empty() {
-            return Err(not_there("a socket that another program has opened"));
-        }
-        let (path, folder) = match settings.places.as_slice() {
-            [Wanted::Unix(path)] => (path.clone(), None),
-            [Wanted::Private] => {
-                let folder = tempfile::Builder::new()
-                    .prefix("tranship-serve-")
-                    .tempdir()
-                    .map_err(|error| Failure::io("making a folder for the socket", &error))?;
-                (folder.path().join("socket"), Some(folder))
+        let mut listeners =
+            inherited.into_iter().map(Listener::inherited).collect::<Result<Vec<_>, _>>()?;
+        let mut private = None;
+        let mut is_port_chosen = false;
+        for wanted in &settings.places {
+            match wanted {
+                Wanted::Unix(path) => listeners.push(Listener::unix(path)?),
+                Wanted::Private => {
+                    let folder = tempfile::Builder::new()
+                        .prefix("tranship-serve-")
+                        .tempdir()
+                        .map_err(|error| Failure::io("making a folder for the socket", &error))?;
+                    listeners.push(Listener::unix(&folder.path().join("socket"))?);
+                    private = Some(folder);
+                }
+                Wanted::Tcp { host, port } => {
+                    is_port_chosen = *port == 0;
+                    listeners.extend(tcp(host, *port)?);
+                }
+                Wanted::Vsock { port } => listeners.push(Listener::vsock(*port)?),
             }
-            _ => return Err(not_there("anything but one Unix socket")),
-        };
-        let names = disks.iter().map(|disk| disk.name.clone()).collect();
-        let exports = disks.into_iter().map(|disk| Export {
-            name: disk.name,
+        }
+        let places = listeners.iter().map(Listener::place).collect();
+        let exports = disks.iter().map(|disk| disk.name.clone()).collect();
+        let offered = disks.into_iter().map(|disk| Export {
             description: disk.description,
-            device: disk.device,
             read_only: disk.read_only,
+            // One client at a time is no promise to several.
+            shared: settings.clients != Some(1),
+            depth: settings.depth,
+            bitmaps: disk.bitmaps,
+            ..Export::new(disk.name, disk.device)
         });
         let limits = Limits {
             handshake: settings.handshake,
             connections: settings.clients.unwrap_or(usize::MAX),
             ..Limits::default()
         };
-        let running = Server::bind(&path, exports.collect(), limits)?.start()?;
-        Ok(Self { running, exports: names, _folder: folder })
+        let running = Server::new(listeners, offered.collect(), limits)?.start()?;
+        Ok(Self { running, exports, places, is_port_chosen, _folder: private })
     }
 
     /// How many clients are connected.
@@ -68,33 +79,20 @@ impl Serving {
 
     /// How many clients have chosen an export so far.
     pub(super) fn negotiated(&self) -> u64 {
-        let counted = self.exports.iter().filter_map(|name| self.running.statistics(name));
-        counted.map(|told| told.connections).sum()
+        self.running.negotiated()
     }
 
     /// Returns when clients may have come or left, after `limit` at the latest.
     pub(super) fn wait(&self, limit: Duration) {
-        let begun = Instant::now();
-        let before = (self.connections(), self.negotiated());
-        while begun.elapsed() < limit && before == (self.connections(), self.negotiated()) {
-            thread::sleep(LOOK);
-        }
+        self.running.wait(Some(limit));
     }
 
     /// What clients did with each export.
     pub(super) fn statistics(&self) -> serde_json::Value {
         let told = self.exports.iter().filter_map(|name| {
-            let told = self.running.statistics(name)?;
-            Some(serde_json::json!({
-                "name": name,
-                "connections": told.connections,
-                "reads": { "operations": told.reads, "bytes": told.bytes_read },
-                "writes": { "operations": told.writes, "bytes": told.bytes_written },
-                "zeroes": { "operations": told.zeroes, "bytes": told.bytes_zeroed },
-                "flushes": { "operations": told.flushes },
-                "statuses": { "operations": told.statuses },
-                "errors": told.errors,
-            }))
+            let mut told = serde_json::to_value(self.running.statistics(name)?).ok()?;
+            told.as_object_mut()?.insert("name".to_owned(), name.as_str().into());
+            Some(told)
         });
         told.collect()
     }
@@ -111,68 +109,64 @@ impl Serving {
 
     /// Path of the Unix socket, if there is one.
     pub(super) fn socket(&self) -> Option<&Path> {
-        Some(self.running.path())
+        self.places.iter().find_map(|place| match place {
+            Place::Unix(path) => Some(path.as_path()),
+            _ => None,
+        })
+    }
+
+    fn address(&self) -> Option<SocketAddr> {
+        self.places.iter().find_map(|place| match place {
+            Place::Tcp(address) => Some(*address),
+            _ => None,
+        })
     }
 
     /// Number of the TCP port, if there is one.
     pub(super) fn port(&self) -> Option<u16> {
-        None
+        self.address().map(|address| address.port())
     }
 
     /// The port that was chosen here and nobody knows.
     pub(super) fn chosen_port(&self) -> Option<u16> {
-        None
+        self.port().filter(|_| self.is_port_chosen)
     }
 
-    /// How clients reach the first export.
+    /// How clients reach the first export; nothing if the socket has no name.
     pub(super) fn uri(&self) -> String {
-        let export = encoded(self.first_export());
-        let path = encoded(&PathBuf::from(self.running.path()).to_string_lossy());
-        format!("nbd+unix:///{export}?socket={path}")
-    }
-}
-
-/// Refuses what the server cannot do yet.
-pub(super) fn refuse_absent(args: &ServeArgs) -> Result<(), Failure> {
-    let absent = [
-        (!args.bitmap.is_empty(), "serving bitmaps (-B)"),
-        (args.allocation_depth, "serving the allocation depth (-A)"),
-        (args.tls_creds.is_some() || args.tls_authz.is_some(), "TLS"),
-    ];
-    match absent.iter().find(|(is_given, _)| *is_given) {
-        Some((_, what)) => Err(Failure::usage(format!("{what} is not there yet"))),
-        None => Ok(()),
-    }
-}
-
-fn not_there(what: &str) -> Failure {
-    Failure::usage(format!("the server cannot listen on {what} yet"))
-        .hint("-k PATH and -U PATH listen on a Unix socket")
-}
-
-/// The text with every byte encoded that could mean something in a URI.
-fn encoded(text: &str) -> String {
-    use std::fmt::Write;
-    let mut uri = String::new();
-    for byte in text.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
-                uri.push(char::from(byte));
+        let address = match (self.socket(), self.address()) {
+            (Some(path), _) => Some(Address::Unix(path.to_owned())),
+            (None, Some(address)) => {
+                Some(Address::Tcp { host: host_of(address), port: address.port() })
             }
-            _ => {
-                let _ = write!(uri, "%{byte:02X}");
-            }
-        }
+            (None, None) => self.places.iter().find_map(|place| match place {
+                Place::Vsock { cid, port } => Some(Address::Vsock { cid: *cid, port: *port }),
+                _ => None,
+            }),
+        };
+        address.map(|address| Uri::new(address, self.first_export()).to_string()).unwrap_or_default()
     }
-    uri
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Listens on every address that `host` has.
+fn tcp(host: &str, port: u16) -> Result<Vec<Listener>, Failure> {
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let addresses = (bare, port).to_socket_addrs().map_err(|error| {
+        Failure::usage(format!("address resolution failed for {host}:{port}")).because(&error)
+    })?;
+    let mut addresses: Vec<SocketAddr> = addresses.collect();
+    addresses.dedup();
+    if port == 0 {
+        // Each would get a port of its own.
+        addresses.truncate(1);
+    }
+    addresses.into_iter().map(|address| Ok(Listener::tcp(address)?)).collect()
+}
 
-    #[test]
-    fn uris_carry_odd_names() {
-        assert_eq!(encoded("/a b?&#%ü"), "/a%20b%3F%26%23%25%C3%BC");
+/// The host as clients on this machine can name it.
+fn host_of(address: SocketAddr) -> String {
+    match address.ip() {
+        ip if ip.is_unspecified() => "localhost".to_owned(),
+        ip => ip.to_string(),
     }
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What the options of `serve` mean, checked before anything is opened.
 
-use super::listening;
 use super::policy::{DetectZeroes, Durability, Policy};
 use crate::args::ServeArgs;
 use crate::failure::Failure;
@@ -52,6 +51,8 @@ pub(super) struct Settings {
     pub(super) handshake: Duration,
     pub(super) disks: Vec<Named>,
     pub(super) offset: u64,
+    /// Tell which image of the chain has what.
+    pub(super) depth: bool,
     /// Go past the page cache.
     pub(super) direct: bool,
     pub(super) policy: Policy,
@@ -84,6 +85,7 @@ impl Settings {
             handshake: handshake(args.handshake_limit.as_deref())?,
             disks: disks(args, personality)?,
             offset: offset(args.offset.as_deref())?,
+            depth: args.allocation_depth,
             direct,
             policy: Policy { discards, zeroes, durability },
             rate: rate(args)?,
@@ -97,7 +99,10 @@ fn refuse_absent(args: &ServeArgs) -> Result<(), Failure> {
         return Err(Failure::usage("there is no client of the kernel's here (-c, -d)")
             .hint("programs that speak NBD need none; for the others there is nbd-client"));
     }
-    listening::refuse_absent(args)
+    if args.tls_creds.is_some() || args.tls_authz.is_some() {
+        return Err(Failure::usage("the server cannot encrypt yet (--tls-creds)"));
+    }
+    Ok(())
 }
 
 /// A mode that may be given once.
