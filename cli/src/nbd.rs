@@ -36,12 +36,10 @@ fn info(personality: Personality, args: &InfoArgs) -> Result<u8, Failure> {
         return list(&server, args);
     }
     let context = args.map.as_deref();
-    let connected = match server.connect(context.filter(|context| *context != ALLOCATION)) {
-        Ok(connected) => connected,
-        // Whether this works was the question.
-        Err(_) if args.can.as_deref() == Some("connect") => return Ok(2),
-        Err(failure) => return Err(failure),
-    };
+    if context.is_none() && !args.size && args.can.is_none() {
+        return show(&server, args);
+    }
+    let connected = server.connect(context.filter(|context| *context != ALLOCATION))?;
     if args.size {
         stdout::print(&format!("{}\n", connected.export.size))?;
         return Ok(0);
@@ -54,17 +52,20 @@ fn info(personality: Personality, args: &InfoArgs) -> Result<u8, Failure> {
             None => Err(Failure::usage(format!("unknown --can or --is option: {name}"))),
         };
     }
-    if let Some(context) = context {
-        map::print(&connected, context, args.totals, args.json)?;
-        return Ok(0);
-    }
+    map::print(&connected, context.unwrap_or(ALLOCATION), args.totals, args.json)?;
+    Ok(0)
+}
+
+/// Shows one export.
+fn show(server: &Server, args: &InfoArgs) -> Result<u8, Failure> {
+    let (protocol, export) = server.describe()?;
+    // Only now: a server may take one client at a time.
     let content = match args.no_content {
         true => None,
-        false => Some(content::of(connected.device())?),
+        false => Some(content::of(server.connect(None)?.device())?),
     };
-    let export = server.describe()?;
     let shown = Shown { export: &export, uri: Some(server.uri()), content };
-    print(connected.protocol, &[shown], args.json)
+    print(protocol, &[shown], args.json)
 }
 
 /// Shows all exports of a server.

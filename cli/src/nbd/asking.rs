@@ -108,12 +108,14 @@ impl Server {
     }
 
     /// What the server says about the export, without using it.
-    pub(super) fn describe(&self) -> Result<Export, Failure> {
+    pub(super) fn describe(&self) -> Result<(Protocol, Export), Failure> {
         let listed = describe_export(&self.uri.address, &self.options()?)?;
+        let protocol = listed.facts.as_ref().map(Protocol::from).unwrap_or_default();
         let name = listed.name.clone();
-        Export::listed(listed).ok_or_else(|| {
+        let export = Export::listed(listed).ok_or_else(|| {
             Failure::usage(format!("the server says nothing about the export {name:?}"))
-        })
+        })?;
+        Ok((protocol, export))
     }
 
     /// Connects to the export, with `context` besides `base:allocation`.

@@ -86,20 +86,20 @@ fn all(context: &str, sums: &BTreeMap<u64, u64>, size: u64, as_json: bool) -> St
     }
     sums.iter().fold(String::new(), |mut text, (flags, len)| {
         let _ = write!(text, "{len:>10} {:>5.1}% {flags:>3}", percent(*len));
-        described(&mut text, context, *flags);
+        described(&mut text, " ", context, *flags);
         text
     })
 }
 
 fn line(context: &str, run: Run) -> String {
     let mut text = format!("{:>10}  {:>10}  {:>3}", run.offset, run.len, run.flags);
-    described(&mut text, context, run.flags);
+    described(&mut text, "  ", context, run.flags);
     text
 }
 
-fn described(text: &mut String, context: &str, flags: u64) {
+fn described(text: &mut String, space: &str, context: &str, flags: u64) {
     if let Some(words) = description(context, flags) {
-        let _ = write!(text, "  {words}");
+        let _ = write!(text, "{space}{words}");
     }
     text.push('\n');
 }
@@ -111,7 +111,7 @@ fn description(context: &str, flags: u64) -> Option<String> {
         ("base:allocation", 1) => "hole",
         ("base:allocation", 2) => "zero",
         ("base:allocation", 3) => "hole,zero",
-        ("qemu:allocation-depth", 0) => "unallocated",
+        ("qemu:allocation-depth", 0) => "absent",
         ("qemu:allocation-depth", 1) => "local",
         ("qemu:allocation-depth", depth) => return Some(format!("backing depth {depth}")),
         (bitmap, 0) if bitmap.starts_with("qemu:dirty-bitmap:") => "clean",
@@ -139,6 +139,6 @@ mod tests {
         let runs = [(0, 10, 0), (10, 20, 3), (30, 10, 0)];
         let runs = runs.map(|(offset, len, flags)| Run { offset, len, flags });
         let text = all("base:allocation", &sums(&runs), 40, false);
-        assert_eq!(text, "        20  50.0%   0  data\n        20  50.0%   3  hole,zero\n");
+        assert_eq!(text, "        20  50.0%   0 data\n        20  50.0%   3 hole,zero\n");
     }
 }

@@ -12,9 +12,9 @@ use crate::image::source::{self, Source};
 use std::path::Path;
 use std::sync::Arc;
 use tranship_block::{BlockDevice, ErrorKind, Meter, Slice, Span};
+use tranship_formats::{Format, Locking, OpenOptions, Opened, Spec, Trust};
 use tranship_nbd::{DirtyBitmap, ExportedBitmap};
 use tranship_qcow2::BitmapContent;
-use tranship_formats::{Format, Locking, OpenOptions, Opened, Spec, Trust};
 
 /// How disks are opened.
 #[derive(Clone, Copy, Debug)]

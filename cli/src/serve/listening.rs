@@ -144,7 +144,9 @@ impl Serving {
                 _ => None,
             }),
         };
-        address.map(|address| Uri::new(address, self.first_export()).to_string()).unwrap_or_default()
+        address
+            .map(|address| Uri::new(address, self.first_export()).to_string())
+            .unwrap_or_default()
     }
 }
 

@@ -149,8 +149,7 @@ fn zeroes(args: &ServeArgs, discards: bool) -> Result<DetectZeroes, Failure> {
              to unmap",
         )),
         Some(other) => Err(Failure::usage(format!(
-            "Failed to parse detect_zeroes mode: Parameter 'detect-zeroes' does not accept \
-             value '{other}'"
+            "Failed to parse detect_zeroes mode: invalid parameter value: {other}"
         ))),
     }
 }

@@ -70,6 +70,7 @@ pub(crate) fn client(input: &[u8]) {
         read_only: kind & 1 != 0,
         connections: 1,
         timeout: Duration::from_secs(5),
+        ..ClientOptions::default()
     };
     let Ok(disk) = Remote::from_stream(ours, &options) else { return };
     let size = disk.size();

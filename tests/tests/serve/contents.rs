@@ -21,7 +21,9 @@ fn clients_read_every_format() {
         assert_eq!(digest(&bench.path("copy.raw")), expected, "qemu-img of {format}");
         // What is not there need not be read.
         let map = host("nbdinfo", &["--map", &bench.uri("vda")]);
-        assert!(map.contains("hole,zero") && map.contains("data"), "{format}: {map}");
+        // A VHDX of this size has one block.
+        let has_holes = map.contains("hole,zero") || format == "vhdx";
+        assert!(has_holes && map.contains("data"), "{format}: {map}");
         let refused = std::process::Command::new("qemu-io")
             .args(["-f", "raw", "-c", "write 0 512", &bench.uri("vda")])
             .output()
