@@ -35,6 +35,10 @@ pub struct CopyOptions {
     /// Bytes of one piece; rounded up to whole preferred blocks of the target, and at most
     /// 16 MiB.
     pub chunk: u64,
+    /// Bytes that are read at a time.
+    pub step: u64,
+    /// What the source's extents say about zeroes is believed; otherwise all of it is read.
+    pub extents: bool,
     /// The target reads as zero from `start` onward, so zeroes need not be written.
     pub target_is_zero: bool,
     /// Zeroes in the data that go on for at least this many bytes are left out, in whole
@@ -60,6 +64,8 @@ pub struct CopyOptions {
     /// Flushes the target and reports a checkpoint each time this many bytes more are
     /// done; 0 never does.
     pub checkpoint_every: u64,
+    /// The target is flushed in the end. A copy with checkpoints always does that.
+    pub flush: bool,
 }
 
 impl Default for CopyOptions {
@@ -68,6 +74,9 @@ impl Default for CopyOptions {
             start: 0,
             threads: default_threads(),
             chunk: 1 << 20,
+            // They are still in the core's own cache when they are looked at.
+            step: 256 << 10,
+            extents: true,
             target_is_zero: false,
             zero_block: 4096,
             allocate: false,
@@ -78,6 +87,7 @@ impl Default for CopyOptions {
             hash: None,
             drop_cache: false,
             checkpoint_every: 0,
+            flush: true,
         }
     }
 }
@@ -134,7 +144,8 @@ pub struct Copied {
 }
 
 impl Copied {
-    fn add(&mut self, other: Self) {
+    /// Counts what another copy did as well.
+    pub fn add(&mut self, other: Self) {
         for (sum, more) in [
             (&mut self.bytes_read, other.bytes_read),
             (&mut self.bytes_written, other.bytes_written),
@@ -148,7 +159,7 @@ impl Copied {
     }
 }
 
-/// Copies `source` onto `target` and flushes the target.
+/// Copies `source` onto `target`, and flushes the target unless that is not wanted.
 ///
 /// The target may be larger; what it has behind the source's end becomes zero. Memory is
 /// one chunk per thread, however large the disks are.
@@ -190,6 +201,9 @@ fn check(options: &CopyOptions, end: u64) -> Result<()> {
         return Err(Error::usage(
             "a copy onto a backing image needs a target that shows it, and has no manifest",
         ));
+    }
+    if options.deepest.is_some() && !options.extents {
+        return Err(Error::usage("without extents nobody knows what a backing image has"));
     }
     if let Some(chunk) = options.hash {
         crate::manifest::check_chunk(chunk).map_err(|error| Error::usage(error.message()))?;

@@ -45,9 +45,9 @@ impl<'a> Job<'a> {
         end: u64,
     ) -> Self {
         let block = if block.is_power_of_two() { block } else { 4096 };
-        let CopyOptions { start, deepest, salvage, .. } = *options;
+        let CopyOptions { start, deepest, salvage, extents, .. } = *options;
         let grid = grid(options, block);
-        let plan = Plan { start, end, grid, deepest, zeroes_are_data: false, salvage };
+        let plan = Plan { start, end, grid, deepest, zeroes_are_data: false, salvage, extents };
         let offload =
             options.offload && options.zero_block == 0 && options.hash.is_none() && !salvage;
         Self {
@@ -188,7 +188,11 @@ impl<'a> Job<'a> {
     fn end(self) -> Result<Copied> {
         let done = self.work().low_watermark();
         let mut last = *self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner);
-        let flushed = self.make_checkpoint(&mut last, done);
+        let flushed = if self.options.flush || self.options.checkpoint_every > 0 {
+            self.make_checkpoint(&mut last, done)
+        } else {
+            Ok(())
+        };
         if self.options.drop_cache {
             self.source.advise(self.whole(), Advice::DropCache);
             self.target.advise(self.whole(), Advice::DropCache);

@@ -59,7 +59,7 @@ pub fn copy_packed(
     };
     let chunk = options.chunk.min(LONGEST_CHUNK);
     let grid = grid(&CopyOptions { chunk, ..*options }, unit);
-    let CopyOptions { start, deepest, salvage, .. } = *options;
+    let CopyOptions { start, deepest, salvage, extents, .. } = *options;
     let job = Job {
         source,
         target,
@@ -76,6 +76,7 @@ pub fn copy_packed(
             // What is not stored shows the backing image: zeroes over it have to be.
             zeroes_are_data: deepest.is_some(),
             salvage,
+            extents,
         })),
         store: Mutex::new(Store::default()),
         stored: Condvar::new(),
@@ -192,10 +193,11 @@ impl Job<'_> {
         };
         let single = matches!(piece.runs.as_slice(), [run] if run.kind != Kind::Data);
         let least = u64::from(options.zero_block > 0 && options.deepest.is_none());
+        let finding = CopyOptions { zero_block: least, ..*options };
         let runs = if single {
             piece.runs.clone()
         } else {
-            let runs = load(&reader, piece, buffer, self.unit, least, &mut done)?;
+            let runs = load(&reader, piece, buffer, self.unit, &finding, &mut done)?;
             // It looks for zeroes in steps that a unit may be longer than.
             plan(&Piece { runs }, self.unit, 0)
         };

@@ -5,14 +5,18 @@ use super::job::Job;
 use super::runs::{find_zeroes, plan};
 use super::salvage::read_around_damage;
 use super::work::{Kind, Piece, Run};
-use super::{Copied, failed};
+use super::{Copied, CopyOptions, failed};
 use crate::manifest::hash_chunk;
 use crate::{BlockDevice, Error, FileRange, HashedChunk, Result, Span, Zeroing};
 use std::sync::atomic::Ordering;
 
-/// Bytes that are read before they are looked at: they are still in the core's own cache
-/// then.
-const STEP: usize = 256 << 10;
+/// The shortest reads.
+const SHORTEST_STEP: u64 = 4096;
+
+/// Bytes that are read at a time.
+pub(super) fn step(options: &CopyOptions) -> usize {
+    usize::try_from(options.step.max(SHORTEST_STEP)).unwrap_or(usize::MAX)
+}
 
 /// A piece that is copied.
 #[derive(Debug, Default)]
@@ -72,10 +76,11 @@ pub(super) fn load(
     piece: &Piece,
     buffer: &mut [u8],
     block: u64,
-    zero_block: u64,
+    options: &CopyOptions,
     done: &mut Done,
 ) -> Result<Vec<Run>> {
     let start = piece.span().start;
+    let zero_block = options.zero_block;
     let mut found = Vec::new();
     for run in plan(piece, block, zero_block) {
         if run.kind != Kind::Data {
@@ -83,7 +88,7 @@ pub(super) fn load(
             continue;
         }
         let mut at = run.span.start;
-        for bytes in part_mut(buffer, start, run.span).chunks_mut(STEP) {
+        for bytes in part_mut(buffer, start, run.span).chunks_mut(step(options)) {
             let span = Span::new(at, length(bytes));
             reader.read(bytes, at, done)?;
             find_zeroes(&mut found, bytes, span, block, zero_block);
@@ -110,7 +115,7 @@ impl Job<'_> {
         } else if offload {
             plan(piece, self.block, 0)
         } else {
-            load(&reader, piece, buffer, self.block, options.zero_block, &mut done)?
+            load(&reader, piece, buffer, self.block, options, &mut done)?
         };
         if let Some(chunk) = options.hash.filter(|_| !single) {
             done.hashes = self.hash(chunk, span, &runs, buffer);
@@ -123,7 +128,7 @@ impl Job<'_> {
         for run in &mut runs {
             if run.kind == Kind::Data && offload {
                 run.span = self.offload(run.span, &mut done)?;
-                for bytes in part_mut(buffer, span.start, run.span).chunks_mut(STEP) {
+                for bytes in part_mut(buffer, span.start, run.span).chunks_mut(step(options)) {
                     reader.read(bytes, run.span.start, &mut done)?;
                     let now = Span::new(run.span.start, length(bytes));
                     self.write(bytes, now, &mut done)?;

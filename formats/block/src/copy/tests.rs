@@ -173,6 +173,22 @@ fn zeroes_in_data_are_found_and_what_was_there_before_goes() {
 }
 
 #[test]
+fn extents_and_the_flush_can_be_left_out() {
+    let bytes = disk(&[false, true, false, true], 100);
+    let source = MemoryDevice::read_only(bytes.clone());
+    let cases = [(true, 0, true, 8292), (false, 0, false, 16_484), (false, 4096, false, 16_484)];
+    for (extents, checkpoint_every, flush, bytes_read) in cases {
+        let target = Fragile::new(vec![0; bytes.len()], u64::MAX);
+        let options = CopyOptions { extents, checkpoint_every, flush, ..CopyOptions::default() };
+        let copied = copy(&source, &target, &options, &()).unwrap();
+        assert_eq!((copied.bytes_read, copied.bytes_zero), (bytes_read, 8192));
+        assert_eq!(target.volatile.snapshot(), bytes);
+        let flushed = *target.durable.lock().unwrap() == bytes;
+        assert_eq!(flushed, flush || checkpoint_every > 0);
+    }
+}
+
+#[test]
 fn sizes_and_starts_that_cannot_work_are_refused() {
     let source = MemoryDevice::new(vec![1; 100]);
     let small = MemoryDevice::new(vec![0; 99]);

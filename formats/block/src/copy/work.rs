@@ -63,6 +63,8 @@ pub(super) struct Plan {
     /// Zeroes are read and written like any other bytes.
     pub(super) zeroes_are_data: bool,
     pub(super) salvage: bool,
+    /// The source is asked for its extents.
+    pub(super) extents: bool,
 }
 
 #[derive(Debug)]
@@ -164,6 +166,9 @@ impl Work {
         let zero = if self.plan.zeroes_are_data { Kind::Data } else { Kind::Zero };
         if at >= size {
             return Ok((zero, u64::MAX));
+        }
+        if !self.plan.extents {
+            return Ok((Kind::Data, size.saturating_sub(at)));
         }
         let extent = match source.extent_at(at) {
             Ok(extent) if extent.len == 0 => {

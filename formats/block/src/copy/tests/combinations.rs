@@ -87,16 +87,19 @@ fn ranges(size: u64) -> impl Strategy<Value = Vec<Range<u64>>> {
 fn options() -> impl Strategy<Value = CopyOptions> {
     let block = prop::sample::select(vec![0_u64, 1, 4096, 10_000, 65_536]);
     let chunk = prop::sample::select(vec![1_u64, 4096, 50_000, 1 << 20]);
-    let flags = prop::array::uniform5(any::<bool>());
+    let step = prop::sample::select(vec![0_u64, 5000, 1 << 20]);
+    let flags = prop::array::uniform6(any::<bool>());
     let hash = prop::option::of(prop::sample::select(vec![4096_u64, 16_384, 65_536]));
-    (0..200_000_u64, 1..4_usize, block, chunk, flags, hash).prop_map(
-        |(start, threads, zero_block, chunk, flags, hash)| {
-            let [target_is_zero, allocate, ordered, salvage, backed] = flags;
+    (0..200_000_u64, 1..4_usize, block, (chunk, step), flags, hash).prop_map(
+        |(start, threads, zero_block, (chunk, step), flags, hash)| {
+            let [target_is_zero, allocate, ordered, salvage, backed, extents] = flags;
             CopyOptions {
                 start,
                 threads,
                 zero_block,
                 chunk,
+                step,
+                extents: extents || backed,
                 target_is_zero: target_is_zero && !backed,
                 allocate,
                 ordered,
@@ -244,9 +247,11 @@ fn without_salvage_bad_places_end_the_copy() {
 fn options_that_contradict_one_another_are_refused() {
     let device = MemoryDevice::new(vec![1; 100]);
     let backed = CopyOptions { deepest: Some(0), ..CopyOptions::default() };
-    for options in
-        [CopyOptions { target_is_zero: true, ..backed }, CopyOptions { hash: Some(4096), ..backed }]
-    {
+    for options in [
+        CopyOptions { target_is_zero: true, ..backed },
+        CopyOptions { hash: Some(4096), ..backed },
+        CopyOptions { extents: false, ..backed },
+    ] {
         assert_eq!(copy(&device, &device, &options, &()).unwrap_err().kind(), ErrorKind::Usage);
     }
 }
