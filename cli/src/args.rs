@@ -135,8 +135,8 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         }
         Personality::Guestfish => (link(ShellArgs::augment_args(named("guestfish"))), rest),
         Personality::QemuImg => return image::parse(rest),
-        Personality::QemuNbd => return serve::parse(rest),
-        Personality::Nbdinfo => return nbd::parse(rest),
+        Personality::QemuNbd => return serve::parse(&rest),
+        Personality::Nbdinfo => return nbd::parse(&rest),
         Personality::Tranship | Personality::NotYet(_) => {
             let definition = definition();
             match rest.split_first() {

@@ -60,10 +60,8 @@ fn info(personality: Personality, args: &InfoArgs) -> Result<u8, Failure> {
 fn show(server: &Server, args: &InfoArgs) -> Result<u8, Failure> {
     let (protocol, export) = server.describe()?;
     // Only now: a server may take one client at a time.
-    let content = match args.no_content {
-        true => None,
-        false => Some(content::of(server.connect(None)?.device())?),
-    };
+    let content =
+        if args.no_content { None } else { Some(content::of(server.connect(None)?.device())?) };
     let shown = Shown { export: &export, uri: Some(server.uri()), content };
     print(protocol, &[shown], args.json)
 }

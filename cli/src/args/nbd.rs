@@ -65,7 +65,7 @@ fn as_nbdinfo(name: &'static str) -> clap::Command {
 }
 
 /// Parses what follows the name `nbdinfo`.
-pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
+pub(super) fn parse(rest: &[OsString]) -> Result<Parsed, Failure> {
     let name = Personality::Nbdinfo.program();
     let words = std::iter::once(OsString::from(name)).chain(rest.iter().cloned());
     let args = as_nbdinfo(name)
@@ -77,7 +77,7 @@ pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
             ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
                 Ok(Parsed::Text(error.render().to_string()))
             }
-            _ => Err(Failure::usage(getopt::message(&rest, &error)).exiting_with(1)),
+            _ => Err(Failure::usage(getopt::message(rest, &error)).exiting_with(1)),
         },
     }
 }

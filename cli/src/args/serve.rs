@@ -171,7 +171,7 @@ fn as_qemu_nbd(name: &'static str) -> clap::Command {
 }
 
 /// Parses what follows the name `qemu-nbd`.
-pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
+pub(super) fn parse(rest: &[OsString]) -> Result<Parsed, Failure> {
     let name = Personality::QemuNbd.program();
     let words = std::iter::once(OsString::from(name)).chain(rest.iter().cloned());
     let args = as_qemu_nbd(name)
@@ -183,7 +183,7 @@ pub(super) fn parse(rest: Vec<OsString>) -> Result<Parsed, Failure> {
             ClapKind::DisplayHelp | ClapKind::DisplayVersion => {
                 Ok(Parsed::Text(error.render().to_string()))
             }
-            _ => Err(Failure::usage(getopt::message(&rest, &error))
+            _ => Err(Failure::usage(getopt::message(rest, &error))
                 .hint(format!("Try `{name} --help' for more information."))
                 .exiting_with(1)),
         },

@@ -45,9 +45,10 @@ impl Running {
         let (pid, has_group) = (Pid::from_child(&self.child), self.has_group);
         move || {
             // It may have ended just now.
-            let _ = match has_group {
-                true => kill_process_group(pid, Signal::TERM),
-                false => kill_process(pid, Signal::TERM),
+            let _ = if has_group {
+                kill_process_group(pid, Signal::TERM)
+            } else {
+                kill_process(pid, Signal::TERM)
             };
         }
     }

@@ -72,10 +72,8 @@ impl Opening<'_> {
             }
             (false, false) => {
                 let path = Path::new(&named.disk).to_owned();
-                let device = match is_guess {
-                    true => Arc::new(StaysRaw::new(device, path)),
-                    false => device,
-                };
+                let device: Arc<dyn BlockDevice> =
+                    if is_guess { Arc::new(StaysRaw::new(device, path)) } else { device };
                 self.settings.policy.over(device)
             }
         };

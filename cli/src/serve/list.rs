@@ -47,12 +47,11 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         return Err(Failure::usage("List mode is incompatible with forking"));
     }
     let path = args.socket.as_ref().or(args.unix.as_ref());
-    let server = match path {
-        Some(path) => Server::at_socket(path),
-        None => {
-            let host = args.bind.as_deref().unwrap_or("127.0.0.1");
-            Server::at_port(host, port(args.port.as_deref())?)
-        }
+    let server = if let Some(path) = path {
+        Server::at_socket(path)
+    } else {
+        let host = args.bind.as_deref().unwrap_or("127.0.0.1");
+        Server::at_port(host, port(args.port.as_deref())?)
     };
     let (protocol, exports) = server.list()?;
     stdout::print(&text(protocol, &exports))?;

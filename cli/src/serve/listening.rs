@@ -42,7 +42,7 @@ impl Serving {
                         .prefix("tranship-serve-")
                         .tempdir()
                         .map_err(|error| Failure::io("making a folder for the socket", &error))?;
-                    listeners.push(Listener::unix(&folder.path().join("socket"))?);
+                    listeners.push(Listener::unix(folder.path().join("socket"))?);
                     private = Some(folder);
                 }
                 Wanted::Tcp { host, port } => {

@@ -168,7 +168,7 @@ mod tests {
 
     /// Operations that reach the disk: writes, zeroes, discards, flushes.
     fn reached(policy: Policy, work: impl FnOnce(&dyn BlockDevice)) -> [u64; 4] {
-        let disk = Measured::new(MemoryDevice::new(vec![1; 8192]));
+        let disk = Measured::new(Arc::new(MemoryDevice::new(vec![1; 8192])));
         work(&*policy.over(Arc::new(disk.clone())));
         let told = disk.snapshot();
         [told.writes, told.zeroes, told.discards, told.flushes].map(|counted| counted.operations)

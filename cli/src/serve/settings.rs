@@ -329,6 +329,8 @@ fn name_of(word: &OsStr, are_options: bool) -> Option<(String, OsString)> {
 mod tests {
     use super::*;
 
+    type Change = fn(&mut ServeArgs);
+
     fn settings(change: impl FnOnce(&mut ServeArgs)) -> Result<Settings, Failure> {
         let mut args = ServeArgs { disks: vec!["d.img".into()], ..ServeArgs::default() };
         change(&mut args);
@@ -364,7 +366,6 @@ mod tests {
     fn places_follow_the_options() {
         let tcp = |host: &str, port| Wanted::Tcp { host: host.to_owned(), port };
         let unix = |path: &str| Wanted::Unix(path.into());
-        type Change = fn(&mut ServeArgs);
         let cases: [(Change, Vec<Wanted>); 6] = [
             (|_| {}, vec![tcp("127.0.0.1", 10_809)]),
             (|args| args.socket = Some("/s".into()), vec![unix("/s")]),
@@ -392,7 +393,6 @@ mod tests {
 
     #[test]
     fn mistakes_are_told_in_qemu_nbds_words() {
-        type Change = fn(&mut ServeArgs);
         let cases: [(Change, &str); 13] = [
             (|args| args.socket = Some("s".into()), "socket path must be absolute"),
             (|args| args.shared = Some("-1".into()), "Invalid shared device number '-1'"),

@@ -2,7 +2,7 @@
 //! `tranship nbd info` and the link `nbdinfo`, beside the real ones, on both servers.
 
 use crate::bench::{Bench, Who};
-use crate::support::SHORT;
+use crate::support::{SHORT, host};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::process::Command;
@@ -178,4 +178,29 @@ fn what_is_not_there_is_named() {
     assert!(ended.stderr.contains("URI"), "{}", ended.stderr);
     server.signal(Signal::TERM);
     server.wait(SHORT).ended_with(0);
+}
+
+#[test]
+fn bitmaps_and_depths_are_told_as_by_qemu_nbd() {
+    let Some(bench) = Bench::new() else { return };
+    let disk = bench.disk("d.qcow2", "qcow2");
+    let disk = disk.to_str().unwrap();
+    host("qemu-img", &["bitmap", "--add", "-g", "64k", disk, "b0"]);
+    host("qemu-io", &["-f", "qcow2", "-c", "write -P 0x44 2M 64k", disk]);
+    let told = [Who::Link, Who::Real].map(|who| {
+        let server = bench.start(who, "-t -r -A -B b0 -f qcow2 @d.qcow2");
+        let uri = bench.uri("");
+        let maps = ["qemu:dirty-bitmap:b0", "qemu:allocation-depth"].map(|context| {
+            let [ours, theirs] = both(&bench, &[&format!("--map={context}"), &uri]);
+            assert_eq!(ours, theirs, "{who:?} {context}");
+            ours
+        });
+        server.signal(Signal::TERM);
+        server.wait(SHORT).ended_with(0);
+        maps
+    });
+    assert_eq!(told[0], told[1]);
+    assert!(told[0][0].1.contains("dirty"), "{told:?}");
+    // What changes while it is looked at cannot be shown as it was.
+    bench.run(Who::Link, "-k @s -B b0 -f qcow2 @d.qcow2").ended_with(1).saying("-r");
 }

@@ -2,7 +2,7 @@
 //! `--run`: a command that lives with the server.
 
 use crate::bench::Bench;
-use crate::support::{Finished, SHORT};
+use crate::support::{Finished, SHORT, digest, host};
 use rustix::process::Signal;
 use std::fs;
 use std::process::Command;
@@ -68,4 +68,27 @@ fn a_signal_ends_the_command_first() {
     assert_eq!(fs::read_to_string(bench.path("ended")).unwrap(), "over\n");
     assert_eq!(bench.place.processes(), [""; 0]);
     assert_eq!(bench.place.left_behind(), [""; 0]);
+}
+
+#[test]
+fn a_free_port_is_told() {
+    let Some(bench) = Bench::new() else { return };
+    bench.disk("d.raw", "raw");
+    let script = r#"nbdinfo --size "$uri"; echo "$port""#;
+    let ended = run(&bench, &["-p", "0", "-b", "localhost"], script).ended_with(0);
+    let lines: Vec<&str> = ended.stdout.lines().collect();
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    assert_eq!((lines[0], lines[1]), (lines[2], "4194304"));
+}
+
+#[test]
+fn sockets_of_others_are_used() {
+    let Some(bench) = Bench::new() else { return };
+    let disk = bench.disk("d.qcow2", "qcow2");
+    let expected = bench.raw(&disk, "qcow2");
+    let server = bench.text("qemu-nbd");
+    let (disk, copy) = (disk.to_str().unwrap(), bench.text("copy"));
+    let words = ["--", "[", &server, "-r", "-e", "0", "-f", "qcow2", disk, "]", &copy];
+    host("nbdcopy", &words);
+    assert_eq!(digest(&bench.path("copy")), expected);
 }
