@@ -4,6 +4,7 @@
 mod absent;
 mod appliance;
 mod convert;
+pub(crate) mod copy;
 pub(crate) mod image;
 mod metering;
 pub(crate) mod nbd;
@@ -17,6 +18,7 @@ mod words;
 pub(crate) use appliance::{ApplianceArgs, ApplianceCommand, BenchArgs, BuildArgs, ProbeArgs};
 pub(crate) use appliance::{ExportArgs, ImportArgs, ShellArgs as ApplianceShellArgs};
 pub(crate) use convert::ConvertArgs;
+pub(crate) use copy::CopyArgs;
 pub(crate) use image::ImageArgs;
 pub(crate) use metering::MeteringArgs;
 pub(crate) use nbd::NbdArgs;
@@ -58,6 +60,8 @@ pub(crate) enum Command {
     Serve(Box<ServeArgs>),
     /// Ask NBD servers what they offer
     Nbd(NbdArgs),
+    /// Copy between files, devices, images and NBD servers, with nbdcopy's options
+    Copy(Box<CopyArgs>),
     /// Print a script that completes command lines
     Completions {
         /// The shell that it is for
@@ -120,6 +124,7 @@ pub(crate) fn definition() -> clap::Command {
         .mut_subcommand("convert", words::describe)
         .mut_subcommand("image", image::describe)
         .mut_subcommand("serve", serve::describe)
+        .mut_subcommand("copy", copy::describe)
 }
 
 /// Parses the words of the command line, the program's name first.
@@ -137,6 +142,7 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         Personality::QemuImg => return image::parse(rest),
         Personality::QemuNbd => return serve::parse(&rest),
         Personality::Nbdinfo => return nbd::parse(&rest),
+        Personality::NbdCopy => return copy::parse(rest),
         Personality::Tranship | Personality::NotYet(_) => {
             let definition = definition();
             match rest.split_first() {
@@ -153,15 +159,20 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
                     all.extend(image::translate(options.to_vec()));
                     (definition, all)
                 }
+                Some((first, options)) if first == "copy" => {
+                    let mut all = vec![first.clone()];
+                    all.extend(copy::translate(options.to_vec())?);
+                    (definition, all)
+                }
                 _ => (definition, rest),
             }
         }
     };
     let name = program.unwrap_or_else(|| "tranship".into());
     // Their exit codes are those of the tools whose options they have, also for mistakes.
-    let is_tool = rest
-        .first()
-        .is_some_and(|first| ["image", "serve", "nbd"].iter().any(|command| first == *command));
+    let is_tool = rest.first().is_some_and(|first| {
+        ["image", "serve", "nbd", "copy"].iter().any(|command| first == *command)
+    });
     let wrong = |error: clap::Error| {
         let outcome = text_or_failure(&error);
         if is_tool { outcome.map_err(|failure| failure.exiting_with(1)) } else { outcome }
@@ -181,6 +192,7 @@ pub(crate) fn parse(personality: Personality, words: Vec<OsString>) -> Result<Pa
         | Personality::QemuImg
         | Personality::QemuNbd
         | Personality::Nbdinfo
+        | Personality::NbdCopy
         | Personality::NotYet(_) => match matches.subcommand() {
             Some(("shell", options)) => {
                 ShellArgs::with_drives(options).map(|args| Command::Shell(Box::new(args)))

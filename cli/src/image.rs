@@ -13,7 +13,7 @@ mod compact;
 mod compare;
 pub(crate) mod console;
 mod convert;
-mod create;
+pub(crate) mod create;
 mod dd;
 mod info;
 mod json;

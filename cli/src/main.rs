@@ -8,6 +8,7 @@
 mod appliance;
 mod args;
 mod convert;
+mod copy;
 mod disk;
 mod engine;
 mod failure;
@@ -72,6 +73,7 @@ fn run(personality: Personality, words: Vec<OsString>) -> Result<u8, Failure> {
         Command::Image(options) => image::run(personality, &options),
         Command::Serve(options) => serve::run(personality, &options),
         Command::Nbd(options) => nbd::run(personality, &options),
+        Command::Copy(options) => copy::run(personality, &options),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { folder } => generate::man(folder.as_deref()),
     }

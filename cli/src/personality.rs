@@ -9,7 +9,6 @@ use tranship_convert::ErrorKind;
 /// Programs whose place this one will take, with the version that does not yet.
 const NOT_YET: &[&str] = &[
     "guestmount",
-    "nbdcopy",
     "nbdkit",
     "virt-cat",
     "virt-customize",
@@ -40,6 +39,8 @@ pub(crate) enum Personality {
     QemuNbd,
     /// `nbdinfo`: the options of `tranship nbd info`, with its exit codes.
     Nbdinfo,
+    /// `nbdcopy`: the options of `tranship copy`.
+    NbdCopy,
     /// One of the programs that are not there yet.
     NotYet(&'static str),
 }
@@ -54,6 +55,7 @@ impl Personality {
             Some("qemu-img") => Self::QemuImg,
             Some("qemu-nbd") => Self::QemuNbd,
             Some("nbdinfo") => Self::Nbdinfo,
+            Some("nbdcopy") => Self::NbdCopy,
             Some(name) => NOT_YET
                 .iter()
                 .find(|known| **known == name)
@@ -70,6 +72,7 @@ impl Personality {
             Self::QemuImg => "qemu-img",
             Self::QemuNbd => "qemu-nbd",
             Self::Nbdinfo => "nbdinfo",
+            Self::NbdCopy => "nbdcopy",
             Self::Tranship | Self::NotYet(_) => "tranship",
         }
     }
@@ -82,8 +85,8 @@ pub(crate) fn not_yet(name: &str) -> Failure {
         format!("tranship cannot be called as {name}: it is not there yet"),
     )
     .hint(
-        "links named virt-v2v, guestfish, qemu-img, qemu-nbd and nbdinfo work; everything else \
-         is `tranship --help`",
+        "links named virt-v2v, guestfish, qemu-img, qemu-nbd, nbdinfo and nbdcopy work; \
+         everything else is `tranship --help`",
     )
 }
 
@@ -100,6 +103,7 @@ mod tests {
             ("/usr/bin/qemu-nbd", Personality::QemuNbd),
             ("nbdinfo", Personality::Nbdinfo),
             ("nbdkit", Personality::NotYet("nbdkit")),
+            ("nbdcopy", Personality::NbdCopy),
             ("/opt/tranship", Personality::Tranship),
             ("renamed", Personality::Tranship),
         ] {
