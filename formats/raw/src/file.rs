@@ -7,8 +7,8 @@ use crate::lock::ImageLock;
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock};
 use tranship_block::{Error, Result};
 
 /// What a file is opened for.

@@ -11,8 +11,8 @@ use tranship_block::{Error, ErrorKind, Result};
 
 /// Bytes that a socket is asked for at once: 16 of the longest records.
 const GULP: usize = 256 << 10;
-/// Bytes that are encrypted before they are sent.
-const BATCH: usize = 256 << 10;
+/// Bytes that are encrypted before they are sent: a usual request with its head.
+const BATCH: usize = 260 << 10;
 
 type Shared = Arc<Mutex<Connection>>;
 
@@ -155,12 +155,17 @@ impl<W: Write> Write for TlsWriting<W> {
         {
             let mut connection = locked(&self.shared);
             let mut writer = connection.writer();
-            for buf in bufs {
-                let room = BATCH.saturating_sub(taken);
-                let part = buf.get(..room).unwrap_or(buf);
-                taken = taken.saturating_add(writer.write(part)?);
-                if part.len() < buf.len() {
-                    break;
+            let all = bufs.iter().fold(0_usize, |sum, buf| sum.saturating_add(buf.len()));
+            if all <= BATCH {
+                // A short head shares a record with what follows it.
+                taken = writer.write_vectored(bufs)?;
+            } else {
+                for buf in bufs {
+                    let part = buf.get(..BATCH.saturating_sub(taken)).unwrap_or(buf);
+                    taken = taken.saturating_add(writer.write(part)?);
+                    if part.len() < buf.len() {
+                        break;
+                    }
                 }
             }
         }

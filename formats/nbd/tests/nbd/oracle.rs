@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! nbdinfo, nbdcopy and qemu-img as clients of our server.
 
-use crate::client::{Place, export, sample, serve_one};
-use std::process::Command;
+use crate::client::{Place, export, sample, serve, serve_one};
+use std::path::Path;
+use std::process::{Child, Command};
 use std::sync::Arc;
-use tranship_block::MemoryDevice;
+use std::time::{Duration, Instant};
+use tranship_block::{BlockDevice, MemoryDevice};
+use tranship_nbd::{Export, Limits};
+use tranship_qcow2::{OpenOptions, Qcow2};
+use tranship_raw::{Access, RawFile};
 
 /// Runs a tool and gives its output; `None`, with a visible line, if it is not there.
 fn run(tool: &str, arguments: &[&str]) -> Option<String> {
@@ -116,4 +121,63 @@ fn qemu_img_converts_out_and_in_and_compares_equal() {
     let to = uri(&sink, "vda");
     run("qemu-img", &["convert", "-n", "-W", "-f", "qcow2", "-O", "raw", file_name, &to]);
     assert!(target.snapshot() == bytes, "qemu-img convert in differs");
+}
+
+/// A peer that is ended when the test is.
+struct Peer(Child);
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn qcow2(path: &Path, backing: Option<Arc<dyn BlockDevice>>) -> Arc<dyn BlockDevice> {
+    let file = Arc::new(RawFile::open(path, Access::ReadOnly).unwrap());
+    Arc::new(
+        Qcow2::open_read_only_with(file, OpenOptions { backing, ..OpenOptions::default() })
+            .unwrap(),
+    )
+}
+
+#[test]
+fn maps_are_those_of_qemu_nbd() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let name = |name: &str| path(name).to_str().unwrap().to_owned();
+    let (base, top) = (name("base"), name("top"));
+    if run("qemu-img", &["create", "-q", "-f", "qcow2", &base, "64M"]).is_none() {
+        return;
+    }
+    run("qemu-io", &["-f", "qcow2", "-c", "write 8M 3M", &base]);
+    let create = ["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &top];
+    run("qemu-img", &create);
+    run("qemu-io", &["-f", "qcow2", "-c", "write 1M 2M", "-c", "write -z 20M 4M", &top]);
+    let socket = name("peer");
+    let arguments = ["-t", "-r", "-A", "-f", "qcow2", "-k", &socket, &top];
+    let Ok(peer) = Command::new("qemu-nbd").args(arguments).spawn().map(Peer) else {
+        return eprintln!("skipped: qemu-nbd is not installed");
+    };
+    let started = Instant::now();
+    while !path("peer").exists() {
+        assert!(started.elapsed() < Duration::from_secs(10), "qemu-nbd does not listen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let device = qcow2(&path("top"), Some(qcow2(&path("base"), None)));
+    let place = serve(vec![Export { depth: true, ..export("", device) }], Limits::default());
+    let theirs = format!("nbd+unix:///?socket={socket}");
+    for context in ["base:allocation", "qemu:allocation-depth"] {
+        let map = |uri: &str| run("nbdinfo", &[&format!("--map={context}"), uri]);
+        let Some(expected) = map(&theirs) else { break };
+        assert!(expected.lines().count() >= 5, "{expected}");
+        let seen = map(&uri(&place, "")).unwrap();
+        // QEMU calls clusters that are marked as zero holes, and we do not.
+        let told = |map: &str| -> Vec<String> {
+            let all = context != "base:allocation";
+            map.lines().filter(|line| all || line.ends_with("data")).map(str::to_owned).collect()
+        };
+        assert_eq!(told(&seen), told(&expected), "{context}");
+    }
+    drop(peer);
 }
