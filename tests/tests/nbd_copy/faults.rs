@@ -130,3 +130,20 @@ fn a_server_that_dies_ends_the_copy() {
     assert!(finished.elapsed.as_secs() < 10);
     nothing_of(&place, "new");
 }
+
+#[test]
+fn a_server_that_comes_back_in_time_is_asked_again() {
+    let Some(place) = place() else { return };
+    let words = "nbdkit -f -U SOCKET --filter=delay file disk delay-read=100ms";
+    let mut server = Server::start(&place, "returning", words);
+    let uri = server.uri();
+    let args = ["copy", "--progress=2", "--retry", "30", &uri, "new"];
+    let mut running = place.start(place.tranship(&args));
+    let hidden = place.path(".new.tranship-part/new");
+    running.until("file", crate::COPY, || hidden.exists());
+    server.kill();
+    std::thread::sleep(std::time::Duration::from_millis(700));
+    let _again = Server::start(&place, "returning", "nbdkit -f -U SOCKET file disk");
+    running.wait(crate::COPY).ended_with(0);
+    crate::same(&place.path("disk"), &place.path("new"), "a server that came back");
+}

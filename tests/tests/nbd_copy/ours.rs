@@ -3,7 +3,7 @@
 
 use crate::servers::Server;
 use crate::support::{digest, host, names};
-use crate::{COPY, SIZE, copies, fails, junk, place, run, same};
+use crate::{COPY, SIZE, copies, place, run, same};
 use serde_json::Value;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -110,13 +110,4 @@ fn a_rate_is_kept() {
     copies(&place, true, &["--limit-rate", "4M", "disk", "new"]);
     assert!(begun.elapsed().as_millis() > 500);
     assert_eq!(digest(&place.path("new")), digest(&place.path("disk")));
-}
-
-#[test]
-fn retrying_is_refused_as_long_as_nobody_can() {
-    let Some(place) = place() else { return };
-    junk(&place.path("target"));
-    let server = Server::start(&place, "sink", "nbdkit -f -U SOCKET file target");
-    fails(&place, &["--retry", "60", "disk", &server.uri()], &["--retry is not there yet"]);
-    copies(&place, true, &["--retry", "0", "disk", &server.uri()]);
 }
