@@ -43,6 +43,12 @@ bench-image: build ## Measure `tranship image` against qemu-img alone; takes 20 
 	@tests/setup.sh bench
 	@tests/bench/image/run.sh
 
+.PHONY: bench-nbd
+bench-nbd: build ## Measure `tranship serve` and `copy` beside qemu-nbd, nbdkit and nbdcopy
+	@tests/setup.sh bench
+	@tests/bench/nbd/run.sh
+	@tests/bench/nbd/copy.sh
+
 .PHONY: fuzz
 fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)
 	@tests/setup.sh fuzz

@@ -19,13 +19,13 @@ readonly TEST=(
     lvm2:lvm mdadm:mdadm cryptsetup-bin:cryptsetup
     fdisk:sfdisk gdisk:sgdisk util-linux:unshare
     busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4 bzip2:bzip2
-    libnbd-bin:nbdinfo nbdkit:nbdkit fio:fio
+    libnbd-bin:nbdinfo nbdkit:nbdkit fio:fio openssl:openssl
     python3-libvhdi:/usr/share/doc/python3-libvhdi/copyright
 )
 readonly FUZZ=(g++:g++)
 readonly CHECK=(shellcheck:shellcheck)
 readonly BENCH=(
-    python3:python3 libguestfs-tools:guestfish virt-v2v:virt-v2v kmod:depmod procps:ps
+    python3:python3 libguestfs-tools:guestfish virt-v2v:virt-v2v kmod:depmod procps:ps bc:bc
 )
 
 say() {

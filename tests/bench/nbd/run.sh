@@ -5,8 +5,7 @@
 # engine for NBD) on the same files, in turns, with a warm cache. Writes a Markdown table to
 # target/bench/nbd/table.md and prints it.
 #
-# BENCH_SERVER is the program that serves (target/release/examples/serve), BENCH_GIB (2) the
-# size of the disk, BENCH_FOLDER where disks and sockets go, BENCH_RUNS (2) the runs of each
+# BENCH_GIB (2) is the size of the disk, BENCH_FOLDER where disks and sockets go, BENCH_RUNS (2) the runs of each
 # server, of which the fastest counts, BENCH_SECONDS (3) the length of a run of fio,
 # BENCH_JOBS a pattern of the rows to measure (all).
 set -euo pipefail
@@ -15,7 +14,7 @@ cd "$(dirname "$0")/../../.."
 readonly GIB=${BENCH_GIB:-2} RUNS=${BENCH_RUNS:-2} SECONDS_EACH=${BENCH_SECONDS:-3}
 readonly JOBS=${BENCH_JOBS:-.} PORT=${BENCH_PORT:-10909}
 out=${CARGO_TARGET_DIR:-$PWD/target}/bench/nbd
-serve=$(realpath "${BENCH_SERVER:-${CARGO_TARGET_DIR:-$PWD/target}/release/examples/serve}")
+tranship=$(realpath "${TRANSHIP_BIN:-${CARGO_TARGET_DIR:-$PWD/target}/release/tranship}")
 folder=${BENCH_FOLDER:-$out/disks}
 mkdir -p "$out" "$folder"
 out=$(realpath "$out")
@@ -51,20 +50,21 @@ trap stop EXIT
 
 # start SIDE FORMAT TRANSPORT: leaves the process in $server and the address in $uri.
 start() {
-    local side=$1 format=$2 transport=$3 file=$folder/$GIB.$2 socket=$folder/socket place
+    local side=$1 format=$2 transport=$3 file=$folder/$GIB.$2 socket=$folder/socket
     rm -f -- "$socket"
     if [[ $transport == unix ]]; then
-        uri="nbd+unix:///?socket=$socket" place=$socket
+        uri="nbd+unix:///?socket=$socket"
     else
-        uri="nbd://127.0.0.1:$PORT" place=127.0.0.1:$PORT
+        uri="nbd://127.0.0.1:$PORT"
     fi
     case $side in
-    ours) "$serve" "$format" "$file" "$place" & ;;
-    qemu-nbd)
+    ours | qemu-nbd)
+        local program=(qemu-nbd)
+        [[ $side == qemu-nbd ]] || program=("$tranship" serve)
         if [[ $transport == unix ]]; then
-            qemu-nbd -t -e 16 -f "$format" -k "$socket" "$file" &
+            "${program[@]}" -t -e 16 -f "$format" -k "$socket" "$file" &
         else
-            qemu-nbd -t -e 16 -f "$format" -b 127.0.0.1 -p "$PORT" "$file" &
+            "${program[@]}" -t -e 16 -f "$format" -b 127.0.0.1 -p "$PORT" "$file" &
         fi
         ;;
     nbdkit)
