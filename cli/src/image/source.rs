@@ -11,7 +11,7 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, DiskMeter, ErrorKind};
-use tranship_formats::{Format, Layer, Locking, OpenOptions, Opened, Spec, Trust};
+use tranship_formats::{Format, Layer, Locking, Member, OpenOptions, Opened, Spec, Trust};
 use tranship_qcow2::{Qcow2, Snapshot};
 
 /// How an image is opened.
@@ -171,10 +171,19 @@ impl<'a> Opening<'a> {
         let failed = |failure: Failure| failure.within(format!("Could not open '{shown}'"));
         self.check_options()?;
         let given = self.format.map(format_named).transpose().map_err(failed)?;
-        let spec = self.spec(name).map_err(failed)?;
+        let mut spec = self.spec(name).map_err(failed)?;
         let given = spec.format.or(given);
-        let as_bytes = Spec { format: Some(Format::Raw), ..spec.clone() };
-        let mut source = self.open_spec(shown.clone(), as_bytes, None, console)?;
+        let bytes_of = |spec: &Spec| Spec { format: Some(Format::Raw), ..spec.clone() };
+        let mut source = self.open_spec(shown.clone(), bytes_of(&spec), None, console)?;
+        let is_archive = given.is_none()
+            && spec.member.is_none()
+            && spec.slice.is_none()
+            && tranship_formats::is_tar(&*source.opened.device).map_err(|e| failed(e.into()))?;
+        if is_archive {
+            drop(source);
+            spec.member = Some(Member::OnlyDisk);
+            source = self.open_spec(shown.clone(), bytes_of(&spec), None, console)?;
+        }
         source.spec = spec;
         let Some(layer) = source.opened.layers.first_mut() else { return Ok(source) };
         layer.format = match given {

@@ -38,3 +38,4 @@ pub use secrets::Secrets;
 pub use spec::{Below, Member, NbdAddress, Place, SliceOf, Spec, VpcSize};
 pub use staged::Staged;
 pub use tranship_raw::Preallocation as RawPreallocation;
+pub use tranship_tar::is_tar;

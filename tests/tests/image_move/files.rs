@@ -99,7 +99,6 @@ fn a_vmdk_grows_and_qemu_img_reads_it() {
         if subformat.ends_with("Sparse") {
             bench.theirs(&format!("check {name}"));
         }
-        bench.done(&format!("check {name}"));
         fs::remove_file(bench.path(&name)).unwrap();
     }
 }
@@ -204,4 +203,25 @@ fn options_that_no_image_can_have_cost_nobody_an_image() {
         let len = if rest.contains("data_file") { 10 * MIB } else { MIB };
         assert_eq!(fs::metadata(bench.path("data")).unwrap().len(), len, "{format} {rest}");
     }
+}
+
+/// The disk in an archive is what the name of the archive means.
+#[test]
+fn the_only_disk_of_an_archive_goes_by_the_archives_name() {
+    let Some(bench) = Bench::new() else { return };
+    fs::write(bench.path("x.ovf"), "<xml/>").unwrap();
+    fs::write(bench.path("raw"), vec![7; 2 << 20]).unwrap();
+    bench.done("convert -f raw -O vmdk raw disk.vmdk");
+    let tar = ["-cf", "x.ova", "x.ovf", "disk.vmdk"].map(str::to_owned);
+    assert_eq!(bench.run(Path::new("tar"), &tar).0, Some(0));
+    for name in ["x.ova", "tar:x.ova:member=disk.vmdk"] {
+        let said = bench.done(&format!("info {name}"));
+        assert!(said.contains("file format: vmdk\nvirtual size: 2 MiB"), "{name}: {said}");
+        bench.done(&format!("map {name}"));
+        bench.done(&format!("compare -F raw {name} raw"));
+        bench.done(&format!("convert -O raw {name} copy"));
+        assert!(fs::read(bench.path("copy")).unwrap() == vec![7; 2 << 20], "{name}");
+    }
+    let (code, said) = bench.ours("resize x.ova 4M");
+    assert!(code == Some(1) && said.contains("read-only"), "{said}");
 }

@@ -44,7 +44,8 @@ impl Walk<'_> {
         format: Option<Format>,
     ) -> Result<Disk> {
         if !read_only {
-            let hint = "members of an archive are read-only: unpack it first";
+            let hint =
+                "members of an archive are read-only: open the disk so, or unpack the archive";
             return Err(Error::usage(hint).in_file(path));
         }
         let archive = Archive::open(file).map_err(|error| error.in_file(path))?;
