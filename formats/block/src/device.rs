@@ -45,8 +45,13 @@ pub enum Advice {
 /// after [`Self::flush`] returns. Concurrent operations on disjoint ranges are safe;
 /// overlapping concurrent writes leave one of the two contents, byte by byte.
 pub trait BlockDevice: Debug + Send + Sync {
-    /// Virtual size in bytes; changes only through [`Storage::set_len`].
+    /// Virtual size in bytes; changes only through [`Storage::set_len`] and
+    /// [`Self::refresh_size`].
     fn size(&self) -> u64;
+
+    /// Looks again how long the device is, if somebody else may have changed that. Those
+    /// that have a size of their own do nothing.
+    fn refresh_size(&self) {}
 
     /// Whether writes are refused.
     fn is_read_only(&self) -> bool;
@@ -140,6 +145,16 @@ pub trait BlockDevice: Debug + Send + Sync {
     /// Metadata that cannot be read or contradicts itself.
     fn extent_at(&self, offset: u64) -> Result<Extent>;
 
+    /// As [`Self::extent_at`] for the first byte of `span`, when nobody needs to know what
+    /// comes after it: a short answer to a short question.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::extent_at`].
+    fn extent_within(&self, span: Span) -> Result<Extent> {
+        Ok(self.extent_at(span.start)?.limited_to(span.len.max(1)))
+    }
+
     /// Returns once every completed write has reached stable storage.
     ///
     /// # Errors
@@ -189,6 +204,7 @@ macro_rules! forward {
     ($($pointer:ty),*) => {$(
         impl<D: BlockDevice + ?Sized> BlockDevice for $pointer {
             fn size(&self) -> u64 { (**self).size() }
+            fn refresh_size(&self) { (**self).refresh_size() }
             fn is_read_only(&self) -> bool { (**self).is_read_only() }
             fn preferred_block(&self) -> u32 { (**self).preferred_block() }
             fn sector_size(&self) -> u32 { (**self).sector_size() }
@@ -212,6 +228,9 @@ macro_rules! forward {
             }
             fn discard(&self, span: Span) -> Result<()> { (**self).discard(span) }
             fn extent_at(&self, offset: u64) -> Result<Extent> { (**self).extent_at(offset) }
+            fn extent_within(&self, span: Span) -> Result<Extent> {
+                (**self).extent_within(span)
+            }
             fn flush(&self) -> Result<()> { (**self).flush() }
             fn file_range(&self, offset: u64) -> Option<FileRange<'_>> {
                 (**self).file_range(offset)

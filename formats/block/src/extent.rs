@@ -121,7 +121,8 @@ impl Iterator for Extents<'_> {
         let start = self.next;
         let mut kind = None;
         while self.next < self.end {
-            let extent = match self.device.extent_at(self.next) {
+            let rest = Span::new(self.next, self.end.saturating_sub(self.next));
+            let extent = match self.device.extent_within(rest) {
                 Ok(extent) => extent,
                 Err(error) => {
                     self.next = self.end;

@@ -55,6 +55,10 @@ impl<D: BlockDevice> BlockDevice for Measured<D> {
         self.device.size()
     }
 
+    fn refresh_size(&self) {
+        self.device.refresh_size();
+    }
+
     fn is_read_only(&self) -> bool {
         self.device.is_read_only()
     }
@@ -99,6 +103,10 @@ impl<D: BlockDevice> BlockDevice for Measured<D> {
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         self.counters.extents.time(0, || self.device.extent_at(offset))
+    }
+
+    fn extent_within(&self, span: Span) -> Result<Extent> {
+        self.counters.extents.time(0, || self.device.extent_within(span))
     }
 
     fn flush(&self) -> Result<()> {

@@ -101,6 +101,10 @@ impl<D: BlockDevice> BlockDevice for Throttled<D> {
         self.device.size()
     }
 
+    fn refresh_size(&self) {
+        self.device.refresh_size();
+    }
+
     fn is_read_only(&self) -> bool {
         self.device.is_read_only()
     }
@@ -145,6 +149,10 @@ impl<D: BlockDevice> BlockDevice for Throttled<D> {
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         self.device.extent_at(offset)
+    }
+
+    fn extent_within(&self, span: Span) -> Result<Extent> {
+        self.device.extent_within(span)
     }
 
     fn flush(&self) -> Result<()> {
