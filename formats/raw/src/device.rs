@@ -202,6 +202,14 @@ impl BlockDevice for RawFile {
         self.len()
     }
 
+    fn refresh_size(&self) {
+        // Who cannot tell keeps what it knew.
+        let Ok(found) = crate::file::length_of(&self.file, self.is_block_device) else { return };
+        if self.size.swap(found, Ordering::AcqRel) != found {
+            self.holes.forget();
+        }
+    }
+
     fn is_read_only(&self) -> bool {
         self.access == Access::ReadOnly
     }

@@ -97,9 +97,8 @@ impl RawFile {
         })?;
         let (is_block_device, size) = match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => (false, u64::try_from(stat.st_size).unwrap_or(0)),
-            // A block device's st_size is 0; its end is where seeking to the end leads.
             FileType::BlockDevice => {
-                let end = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|errno| {
+                let end = length_of(&file, true).map_err(|errno| {
                     Error::io("cannot get the size of the block device", errno.into())
                         .in_file(&path)
                 })?;
@@ -168,6 +167,16 @@ impl RawFile {
 
     pub(crate) fn len(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+}
+
+/// Bytes of a file, as they are now.
+pub(crate) fn length_of(file: &File, is_block_device: bool) -> rustix::io::Result<u64> {
+    if is_block_device {
+        // Its st_size is 0; its end is where seeking to the end leads.
+        rustix::fs::seek(file, SeekFrom::End(0))
+    } else {
+        Ok(u64::try_from(rustix::fs::fstat(file)?.st_size).unwrap_or(0))
     }
 }
 

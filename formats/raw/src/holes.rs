@@ -75,7 +75,15 @@ fn ask(
         match rustix::fs::seek(file, SeekFrom::Data(offset)) {
             Ok(start) if start > offset => return Ok((ExtentKind::Hole, start, true)),
             Ok(_) => {}
-            Err(Errno::NXIO) => return Ok((ExtentKind::Hole, size, true)),
+            Err(Errno::NXIO) => {
+                // What somebody has cut off is no hole: reading it tells what is wrong.
+                let there = crate::file::length_of(file, false)?.min(size);
+                return Ok(if offset < there {
+                    (ExtentKind::Hole, there, true)
+                } else {
+                    (ExtentKind::Data, size, false)
+                });
+            }
             // A block device, or a file system that keeps no map: all of it is data.
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => {
                 return Ok((ExtentKind::Data, size, false));
@@ -85,4 +93,36 @@ fn ask(
     }
     let end = rustix::fs::seek(file, SeekFrom::Hole(offset));
     Ok((ExtentKind::Data, end.unwrap_or(size), end.is_ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::file::{Access, RawFile};
+    use tranship_block::BlockDevice;
+
+    #[test]
+    fn an_end_that_was_cut_off_is_no_hole() {
+        const MIB: u64 = 1 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let cutter = File::options().write(true).open(&path).unwrap();
+        cutter.set_len(4 * MIB).unwrap();
+        let disk = RawFile::open(&path, Access::ReadOnly).unwrap();
+        let at = |offset| {
+            let extent = disk.extent_at(offset).unwrap();
+            (extent.kind, extent.len)
+        };
+        assert_eq!(at(2 * MIB), (ExtentKind::Hole, 2 * MIB));
+        cutter.set_len(3 * MIB).unwrap();
+        assert_eq!(at(2 * MIB), (ExtentKind::Hole, MIB));
+        assert_eq!(at(3 * MIB), (ExtentKind::Data, MIB));
+        assert!(disk.read_at(&mut [0; 512], 3 * MIB).is_err());
+        // What it is now, it is for everybody who looks.
+        assert_eq!(disk.size(), 4 * MIB);
+        disk.refresh_size();
+        assert_eq!(disk.size(), 3 * MIB);
+        assert!(disk.extent_at(3 * MIB).is_err());
+    }
 }
