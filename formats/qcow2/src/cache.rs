@@ -53,6 +53,10 @@ impl<T: Clone> Cache<T> {
 
     pub(crate) fn get(&mut self, offset: u64) -> Option<Arc<T>> {
         let slot = self.slots.get_mut(&offset)?;
+        if slot.used == self.clock {
+            // It was the last one, too.
+            return Some(Arc::clone(&slot.table));
+        }
         self.clock = self.clock.saturating_add(1);
         self.order.remove(&slot.used);
         slot.used = self.clock;

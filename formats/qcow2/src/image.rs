@@ -12,7 +12,8 @@ use crate::snapshots;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use tranship_block::{
-    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, SectorCipher, Span, Storage, Zeroing,
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, FileRange, Result, SectorCipher, Span,
+    Storage, Zeroing,
 };
 
 /// How an image is opened.
@@ -56,6 +57,9 @@ pub struct Qcow2 {
     pub(crate) in_use: RwLock<()>,
     /// Held while metadata is written back in its order.
     pub(crate) writing_back: Mutex<()>,
+    /// The next write has nothing to prepare, to mark or to make room for. It changes under
+    /// the lock of the metadata.
+    pub(crate) ready: AtomicBool,
     /// Writing back failed: what is on disk is consistent, but not what was promised.
     pub(crate) failed: AtomicBool,
     /// Length of the file when it was opened; it is never cut below.
@@ -175,6 +179,7 @@ impl Qcow2 {
             idle: Condvar::new(),
             in_use: RwLock::new(()),
             writing_back: Mutex::new(()),
+            ready: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             inflated: Mutex::default(),
             tracking: Mutex::default(),
@@ -264,8 +269,13 @@ impl BlockDevice for Qcow2 {
     }
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
+        self.extent_within(Span::new(offset, u64::MAX))
+    }
+
+    fn extent_within(&self, span: Span) -> Result<Extent> {
+        let offset = span.start;
         Span::new(offset, 1).check_within(self.size())?;
-        let left = self.size().saturating_sub(offset);
+        let left = self.size().saturating_sub(offset).min(span.len.max(1));
         let unit = self.geometry.unit();
         let within = offset & unit.wrapping_sub(1);
         let most = left.saturating_add(within).div_ceil(unit);
@@ -275,7 +285,7 @@ impl BlockDevice for Qcow2 {
         Ok(match mapping {
             Mapping::Unallocated => match self.backing_from(offset) {
                 Some((backing, _)) => {
-                    let below = backing.extent_at(offset)?.limited_to(len);
+                    let below = backing.extent_within(Span::new(offset, len))?;
                     Extent { depth: below.depth.saturating_add(1), ..below }
                 }
                 None => Extent::new(ExtentKind::Hole, len),
@@ -297,7 +307,37 @@ impl BlockDevice for Qcow2 {
     fn flush(&self) -> Result<()> {
         self.flush_all()
     }
+
+    /// Of clusters that nobody can free under the feet of whoever reads them later: a socket
+    /// keeps the page, not its bytes, until the other side has read them. So an image that
+    /// may be written gives away what lies below it and what its data file has, where
+    /// every guest cluster has one place for ever.
+    fn file_range(&self, offset: u64) -> Option<FileRange<'_>> {
+        let left = self.size().checked_sub(offset).filter(|left| *left > 0)?;
+        let unit = self.geometry.unit();
+        let within = offset & unit.wrapping_sub(1);
+        let most = LONGEST_RANGE.min(left).saturating_add(within).div_ceil(unit);
+        let first = offset.wrapping_shr(self.geometry.unit_bits());
+        let (mapping, count) = self.lock().lookup(&self.file, first, most).ok()?;
+        let len = count.saturating_mul(unit).saturating_sub(within).min(left);
+        let stays = self.storage.is_none() || self.geometry.external;
+        let range = match mapping {
+            Mapping::Unallocated => {
+                let (backing, there) = self.backing_from(offset)?;
+                let range = backing.file_range(offset)?;
+                FileRange { len: range.len.min(there), ..range }
+            }
+            Mapping::Data(host) if self.cipher.is_none() && stays => {
+                self.payload().file_range(host.offset.saturating_add(within))?
+            }
+            _ => return None,
+        };
+        Some(FileRange { len: range.len.min(len), ..range })
+    }
 }
+
+/// How far ahead [`Qcow2::file_range`] looks.
+const LONGEST_RANGE: u64 = 2 << 20;
 
 impl Drop for Qcow2 {
     fn drop(&mut self) {

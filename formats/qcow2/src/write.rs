@@ -87,12 +87,12 @@ impl Qcow2 {
                     let len = fresh.end.saturating_sub(offset).min(to_u64(buf.len()));
                     let now = buf.get(..to_usize(len)?).unwrap_or(buf);
                     self.fill_and_map(&fresh, now, offset)?;
+                    self.make_room()?;
                     len
                 }
             };
             buf = buf.get(to_usize(len)?..).unwrap_or_default();
             offset = offset.saturating_add(len);
-            self.make_room()?;
         }
         Ok(())
     }

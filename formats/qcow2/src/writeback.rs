@@ -50,6 +50,9 @@ impl Qcow2 {
         let storage = self.writable(span.start)?;
         span.check_within(self.size())?;
         self.check_alive()?;
+        if self.ready.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let mut tracking = self.tracking.lock().unwrap_or_else(PoisonError::into_inner);
         let mut metadata = self.lock();
         if !metadata.prepared {
@@ -59,12 +62,21 @@ impl Qcow2 {
             metadata.prepared = true;
         }
         tracking.mark(span);
+        let is_crowded = metadata.frees.len() > MOST_FREES;
+        self.ready.store(tracking.is_empty() && !is_crowded, Ordering::Release);
         drop(tracking);
-        if metadata.frees.len() > MOST_FREES {
+        if is_crowded {
             drop(metadata);
             self.flush_all()?;
         }
         Ok(())
+    }
+
+    /// The image has to be prepared again before the next write.
+    pub(crate) fn end_preparation(&self) {
+        let mut metadata = self.lock();
+        metadata.prepared = false;
+        self.ready.store(false, Ordering::Release);
     }
 
     fn check_alive(&self) -> Result<()> {
@@ -157,6 +169,10 @@ impl Qcow2 {
     /// Writes back when too many tables have changed; nothing is promised to be durable.
     pub(crate) fn make_room(&self) -> Result<()> {
         let mut metadata = self.lock();
+        if metadata.frees.len() > MOST_FREES {
+            // The next write sees to it: here the clusters are in use.
+            self.ready.store(false, Ordering::Release);
+        }
         let is_crowded = metadata.l2.is_crowded() || metadata.refcounts.blocks.is_crowded();
         if !is_crowded {
             return Ok(());
@@ -298,7 +314,7 @@ impl Qcow2 {
         storage.write_at(&self.header.incompatible_features.to_be_bytes(), 72)?;
         storage.flush()?;
         // The next write marks it again.
-        self.lock().prepared = false;
+        self.end_preparation();
         Ok(())
     }
 

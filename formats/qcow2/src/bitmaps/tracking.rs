@@ -36,6 +36,10 @@ struct Tracked {
 pub(crate) struct Tracking(Vec<Tracked>);
 
 impl Tracking {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Marks `span` as written to.
     pub(crate) fn mark(&mut self, span: Span) {
         for bitmap in &mut self.0 {
@@ -108,7 +112,7 @@ impl Qcow2 {
         self.flush_all()?;
         storage.flush()?;
         write(&**storage, &directory)?;
-        self.lock().prepared = false;
+        self.end_preparation();
         Ok(())
     }
 
