@@ -145,8 +145,15 @@ impl Exports {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The export of this name; the empty name also means the only one there is.
+    /// The export of this name; the empty name also means the only one there is. Its size is
+    /// what it is now: clients cannot be told when it changes, but the next one can.
     pub(crate) fn find(&self, name: &str) -> Option<Arc<Served>> {
+        let found = self.named(name)?;
+        found.export.device.refresh_size();
+        Some(found)
+    }
+
+    fn named(&self, name: &str) -> Option<Arc<Served>> {
         let list = self.0.read().unwrap_or_else(PoisonError::into_inner);
         let exact = list.iter().find(|served| served.export.name == name);
         exact

@@ -16,11 +16,14 @@ pub(crate) struct Input<R> {
     buffer: Vec<u8>,
     from: usize,
     to: usize,
+    /// The last thing read was a payload: the next request is likely to bring one, too, and
+    /// what is read of it together with its header is copied twice.
+    after_payload: bool,
 }
 
 impl<R: Read> Input<R> {
     pub(crate) fn new(source: R) -> Self {
-        Self { source, buffer: vec![0; GULP], from: 0, to: 0 }
+        Self { source, buffer: vec![0; GULP], from: 0, to: 0, after_payload: false }
     }
 
     /// What was read and not yet consumed.
@@ -42,8 +45,9 @@ impl<R: Read> Input<R> {
         self.buffer.copy_within(self.from..self.to, 0);
         self.to = self.to.saturating_sub(self.from);
         self.from = 0;
+        let most = if std::mem::take(&mut self.after_payload) { len.max(AHEAD) } else { GULP };
         while self.to < len.min(GULP) {
-            let room = self.buffer.get_mut(self.to..).unwrap_or_default();
+            let room = self.buffer.get_mut(self.to..most.min(GULP)).unwrap_or_default();
             match self.source.read(room) {
                 Ok(0) if self.to == 0 && may_wait => return Ok(false),
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -63,6 +67,7 @@ impl<R: Read> Input<R> {
         let (head, mut rest) = payload.split_at_mut_checked(known).unwrap_or_default();
         head.copy_from_slice(self.buffered().get(..known).unwrap_or_default());
         self.consume(known);
+        self.after_payload = true;
         while !rest.is_empty() {
             // Nothing is buffered here.
             let ahead = self.buffer.get_mut(..AHEAD).unwrap_or_default();

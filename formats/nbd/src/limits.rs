@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What one client may cost, and the budget that holds it to that.
 
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 /// Bounds on what clients can make a server spend. The defaults suit a private socket.
@@ -106,6 +109,10 @@ pub(crate) struct Pool {
     common: Budget,
     /// What each connection has for itself.
     share: u64,
+    /// Connections in transmission.
+    busy: AtomicUsize,
+    /// Processors that this process may use.
+    processors: usize,
 }
 
 impl Pool {
@@ -115,7 +122,19 @@ impl Pool {
         Self {
             common: Budget::new(half.max(u64::from(limits.payload))),
             share: half.div_euclid(connections),
+            busy: AtomicUsize::new(0),
+            processors: available_parallelism().map_or(1, NonZeroUsize::get),
         }
+    }
+
+    /// Processors that this process may use.
+    pub(crate) fn processors(&self) -> usize {
+        self.processors
+    }
+
+    /// Whether each connection could keep a processor, and its client another one.
+    pub(crate) fn has_processors_to_spare(&self) -> bool {
+        self.busy.load(Ordering::Relaxed).saturating_mul(2) <= self.processors
     }
 }
 
@@ -125,11 +144,12 @@ pub(crate) struct Purse<'a> {
     /// Everything that it has in memory.
     whole: Budget,
     share: Budget,
-    pool: &'a Pool,
+    pub(crate) pool: &'a Pool,
 }
 
 impl<'a> Purse<'a> {
     pub(crate) fn new(limits: &Limits, pool: &'a Pool) -> Self {
+        pool.busy.fetch_add(1, Ordering::Relaxed);
         Self {
             whole: Budget::new(limits.connection_bytes.max(u64::from(limits.payload))),
             share: Budget::new(pool.share),
@@ -144,6 +164,12 @@ impl<'a> Purse<'a> {
             let server = self.share.try_take(bytes).unwrap_or_else(|| self.pool.common.take(bytes));
             [whole, server]
         })
+    }
+}
+
+impl Drop for Purse<'_> {
+    fn drop(&mut self) {
+        self.pool.busy.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -69,6 +69,14 @@ pub(crate) fn is_gone(socket: BorrowedFd<'_>) -> bool {
         && events.iter().any(|event| event.revents().intersects(gone))
 }
 
+/// Whether reading from `socket` gives something at once, be it its end.
+pub(crate) fn has_bytes(socket: BorrowedFd<'_>) -> bool {
+    let mut events = [PollFd::new(&socket, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    // What cannot be polled is better slept on.
+    !matches!(poll(&mut events, Some(&now)), Ok(0))
+}
+
 /// A stream that has to be done with by some moment, however slowly bytes come.
 #[derive(Debug)]
 pub(crate) struct Deadline<'a> {

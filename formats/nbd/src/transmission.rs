@@ -8,9 +8,12 @@
 //! worker has a buffer of its own, and a client that sends faster than the device works
 //! finds nobody reading. Workers are started only when a request arrives and nobody is
 //! waiting to read the next one.
+//!
+//! Why it is like this, and what it costs: `docs/design/0012-nbd-hot-path.md`.
 
 mod answer;
 mod pace;
+mod patience;
 mod read;
 
 use crate::context::Context;
@@ -24,6 +27,7 @@ use crate::socket::Output;
 use crate::statistics::count;
 use crate::wire::Errno;
 use pace::Pace;
+use patience::Patience;
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -64,8 +68,13 @@ pub(crate) struct Connection<'a, R, W> {
     limits: &'a Limits,
     purse: Purse<'a>,
     stopping: &'a AtomicBool,
-    pace: Pace,
+    /// How quick reads and writes up to [`SMALL`] are.
+    small: Pace,
+    /// How quick longer ones are.
+    long: Pace,
     workers: AtomicUsize,
+    /// Workers that answer something.
+    answering: AtomicUsize,
     /// Workers that wait for the input or hold it.
     readers: AtomicUsize,
     /// No more requests will be read.
@@ -78,6 +87,9 @@ pub(crate) struct Connection<'a, R, W> {
 struct Reader<R> {
     input: Input<R>,
     batch: Vec<u8>,
+    patience: Patience,
+    /// Requests since the input was last waited for.
+    burst: usize,
 }
 
 /// A request that was read completely; the bytes of a write are in the worker's buffer.
@@ -129,7 +141,12 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
             payload: limits.payload,
         };
         Self {
-            reader: Mutex::new(Reader { input: Input::new(input), batch: Vec::new() }),
+            reader: Mutex::new(Reader {
+                input: Input::new(input),
+                batch: Vec::new(),
+                patience: Patience::default(),
+                burst: 0,
+            }),
             takes_files: output.takes_files(),
             output: Mutex::new(Some(output)),
             watched,
@@ -139,8 +156,10 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
             limits,
             purse: Purse::new(limits, pool),
             stopping,
-            pace: Pace::default(),
+            small: Pace::default(),
+            long: Pace::default(),
             workers: AtomicUsize::new(1),
+            answering: AtomicUsize::new(0),
             readers: AtomicUsize::new(0),
             over: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -155,14 +174,14 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
     fn work<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) {
         let mut buffer = Vec::new();
         while let Some(request) = self.accept(&mut buffer) {
+            self.answering.fetch_add(1, Ordering::Relaxed);
             self.hire(scope);
             if let Err(error) = self.answer(&request, &mut buffer) {
                 self.give_up(&error);
             }
+            self.answering.fetch_sub(1, Ordering::Relaxed);
             drop(request);
-            if buffer.len() > usize::try_from(PIECE).unwrap_or(usize::MAX) {
-                buffer = Vec::new();
-            }
+            give_back(&mut buffer);
         }
     }
 
@@ -230,8 +249,12 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
         loop {
             if reader.input.buffered().len() < header_len {
                 self.flush(&mut reader.batch).map_err(unsent)?;
+                let waiting = self.linger(reader);
                 if !reader.input.fill(header_len, true).map_err(gone)? {
                     return Err(Error::corrupt("client left without a farewell"));
+                }
+                if let Some(begun) = waiting {
+                    reader.patience.slept(begun.elapsed());
                 }
             } else if reader.batch.len() > BATCH {
                 self.flush(&mut reader.batch).map_err(unsent)?;
@@ -242,6 +265,7 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
             let raw = reader.input.buffered().get(..header_len).unwrap_or_default();
             let header = Header::parse(raw, framing)?;
             reader.input.consume(header_len);
+            reader.burst = reader.burst.saturating_add(1);
             let arrived = Instant::now();
             let frame = Frame { framing, cookie: header.cookie, offset: header.offset };
             let mut command = self.terms.admit(&header);
@@ -264,9 +288,16 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
             }
             let refusal = match command {
                 Ok(command) => {
-                    if let Some(taken) = self.at_once(reader, buffer, frame, command, arrived)? {
-                        return Ok(Some(Accepted { frame, command, arrived, _taken: taken.0 }));
+                    let Some(taken) = self.at_once(reader, buffer, frame, command, arrived)? else {
+                        continue;
+                    };
+                    let request = Accepted { frame, command, arrived, _taken: taken.0 };
+                    if !self.is_better_alone(&command) {
+                        return Ok(Some(request));
                     }
+                    self.answer(&request, buffer).map_err(unsent)?;
+                    drop(request);
+                    give_back(buffer);
                     continue;
                 }
                 Err(refusal) => refusal,
@@ -297,12 +328,12 @@ impl<'a, R: Read + Send, W: Output> Connection<'a, R, W> {
             Command::Write { span, durable } if span.len <= SMALL => {
                 let len = usize::try_from(span.len).unwrap_or(usize::MAX);
                 self.flush_and_fill(reader, len)?;
-                let Reader { input, batch } = reader;
+                let Reader { input, batch, .. } = reader;
                 let payload = input.buffered().get(..len).unwrap_or_default();
-                if !durable && self.pace.is_quick() {
+                if !durable && self.small.is_quick() {
                     let begun = Instant::now();
                     let done = self.served.export.device.write_at(payload, span.start);
-                    self.pace.note(begun.elapsed());
+                    self.small.note(span.len, begun.elapsed());
                     let note = &self.served.counters.writes;
                     note.note(span.len, done.is_ok(), arrived.elapsed());
                     match done {
@@ -383,6 +414,13 @@ fn sized(buffer: &mut Vec<u8>, len: u64) -> &mut [u8] {
         buffer.resize(len, 0);
     }
     buffer.get_mut(..len).unwrap_or_default()
+}
+
+/// Keeps a buffer only if many of its size do no harm.
+fn give_back(buffer: &mut Vec<u8>) {
+    if buffer.len() > usize::try_from(PIECE).unwrap_or(usize::MAX) {
+        *buffer = Vec::new();
+    }
 }
 
 /// An error with its causes on one line, for the log.

@@ -76,9 +76,7 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
             Command::Write { span, durable } => {
                 let begun = Instant::now();
                 device.write_at(sized(buffer, span.len), span.start)?;
-                if span.len <= super::SMALL {
-                    self.pace.note(begun.elapsed());
-                }
+                self.pace_of(span.len).note(span.len, begun.elapsed());
                 self.settle(durable)?;
             }
             Command::Flush => device.flush()?,
@@ -185,7 +183,14 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
             let export = &self.served.export.name;
             tracing::warn!(export, error = %Chain(error), "request failed");
         }
-        frame.error(out, errno(error), error.message(), error.offset());
+        // The request was within the size that the client knows: it is the device that has
+        // lost its end.
+        let is_cut = self.served.export.device.size() < self.terms.size;
+        let errno = match errno(error) {
+            Errno::Invalid if is_cut => Errno::Io,
+            errno => errno,
+        };
+        frame.error(out, errno, error.message(), error.offset());
     }
 
     pub(super) fn send(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {

@@ -75,10 +75,10 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
         if cached == Cached::Read {
             return Some(true);
         }
-        if cached == Cached::Unknown && self.pace.is_quick() {
+        if cached == Cached::Unknown && self.small.is_quick() {
             let begun = Instant::now();
             let done = device.read_at(bytes, span.start);
-            self.pace.note(begun.elapsed());
+            self.small.note(span.len, begun.elapsed());
             if let Err(error) = &done {
                 batch.truncate(before);
                 self.report(batch, frame, error);
@@ -222,9 +222,7 @@ impl<R: Read + Send, W: Output> Connection<'_, R, W> {
                 let bytes = sized(buffer, len);
                 let begun = Instant::now();
                 device.read_at(bytes, at).map_err(|error| error.at(at))?;
-                if span.len <= SMALL {
-                    self.pace.note(begun.elapsed());
-                }
+                self.pace_of(len).note(len, begun.elapsed());
                 let next = at.saturating_add(len);
                 frame.data(&mut head, next == span.end(), at, len);
                 self.send(&head, bytes)?;

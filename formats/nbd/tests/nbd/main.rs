@@ -10,6 +10,7 @@ mod files;
 mod foreign;
 mod handshake;
 mod hostile;
+mod images;
 mod listeners;
 mod oracle;
 mod reconnect;
