@@ -7,6 +7,7 @@ mod bench;
 mod contents;
 mod info;
 mod life;
+mod resize;
 mod run;
 #[path = "../support/mod.rs"]
 mod support;
