@@ -48,10 +48,13 @@ stop() {
 }
 trap stop EXIT
 
-# start SIDE FORMAT TRANSPORT: leaves the process in $server and the address in $uri.
+# start SIDE FORMAT TRANSPORT: leaves the process in $server and the address in $uri. A format
+# with -r behind it is served for reading alone.
 start() {
-    local side=$1 format=$2 transport=$3 file=$folder/$GIB.$2 socket=$folder/socket
+    local side=$1 format=${2%-r} transport=$3 socket=$folder/socket options=()
+    local file=$folder/$GIB.$format
     rm -f -- "$socket"
+    [[ $2 != *-r ]] || options=(-r)
     if [[ $transport == unix ]]; then
         uri="nbd+unix:///?socket=$socket"
     else
@@ -62,9 +65,9 @@ start() {
         local program=(qemu-nbd)
         [[ $side == qemu-nbd ]] || program=("$tranship" serve)
         if [[ $transport == unix ]]; then
-            "${program[@]}" -t -e 16 -f "$format" -k "$socket" "$file" &
+            "${program[@]}" -t -e 16 "${options[@]}" -f "$format" -k "$socket" "$file" &
         else
-            "${program[@]}" -t -e 16 -f "$format" -b 127.0.0.1 -p "$PORT" "$file" &
+            "${program[@]}" -t -e 16 "${options[@]}" -f "$format" -b 127.0.0.1 -p "$PORT" "$file" &
         fi
         ;;
     nbdkit)
@@ -123,6 +126,7 @@ rows() {
     local wanted=()
     for kind in 'copy out' 'copy in' 'randread 1x1' 'randread 1x32' 'randread 4x32' \
         'randwrite 1x1' 'randwrite 1x32' 'randwrite 4x32'; do
+        [[ $format != *-r || $kind == 'copy out' ]] || continue
         [[ ! "$name $kind" =~ $JOBS ]] || wanted+=("$kind")
     done
     ((${#wanted[@]})) || return 0
@@ -150,6 +154,7 @@ for ((round = 0; round < RUNS; round++)); do
         for side in ours qemu-nbd; do
             cat "$GIB.qcow2" >/dev/null
             rows qcow2 "$transport" "$side"
+            rows qcow2-r "$transport" "$side"
         done
     done
 done
@@ -159,10 +164,12 @@ done
         "$GIB" "$(nproc)" "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)" \
         "$(qemu-nbd --version | sed -n 's/^qemu-nbd \([0-9.]*\).*/qemu-nbd \1/p')" \
         "$(nbdkit --version | cut -d' ' -f1-2)" "$(cut -d' ' -f1 /proc/loadavg)" "$RUNS"
-    printf 'Copies in GiB/s and CPU seconds per GiB; random 4 KiB in 1,000 operations a second,\n'
-    printf 'mean/99%% latency in µs and CPU µs per operation, jobs x depth.\n\n'
-    printf '| row | ours | qemu-nbd | nbdkit | ahead of the better | CPU ours | CPU qemu-nbd | CPU nbdkit |\n'
-    printf '|---|---:|---:|---:|---:|---:|---:|---:|\n'
+    printf 'Copies in GiB/s and CPU seconds of the server per GiB; random 4 KiB in 1,000 operations\n'
+    printf 'a second, mean/99%% latency in µs and CPU milliseconds of the server per 1,000 operations,\n'
+    printf 'jobs x depth. Ahead: our speed by that of the faster peer, and the CPU time of the more\n'
+    printf 'frugal one by ours.\n\n'
+    printf '| row | ours | qemu-nbd | nbdkit | ahead | CPU ours | CPU qemu-nbd | CPU nbdkit | ahead |\n'
+    printf '|---|---:|---:|---:|---:|---:|---:|---:|---:|\n'
     awk -F '\t' '
         {
             key = $1 "|" $2; speed = $3 / $4
@@ -176,6 +183,10 @@ done
             if (copy) return sprintf("%.2f", best[key])
             return sprintf("%.1f (%s)", best[key] / 1000, latency[key])
         }
+        # Not a number if one of the two was not measured, or is less than a clock tick.
+        function times(a, b) {
+            return a && b ? sprintf("%.2f×", a / b) : "–"
+        }
         function cost(key, copy) {
             if (!(key in best)) return "–"
             return copy ? sprintf("%.2f", cpu[key]) : sprintf("%.1f", cpu[key] * 1000000)
@@ -186,9 +197,11 @@ done
                 o = row "|ours"; q = row "|qemu-nbd"; n = row "|nbdkit"
                 better = (q in best) ? best[q] : 0
                 if ((n in best) && best[n] > better) better = best[n]
-                printf "| %s | %s | %s | %s | %.2f× | %s | %s | %s |\n", row, shown(o, copy),
-                    shown(q, copy), shown(n, copy), better ? best[o] / better : 0,
-                    cost(o, copy), cost(q, copy), cost(n, copy)
+                frugal = (q in best) ? cpu[q] : 0
+                if ((n in best) && (!frugal || cpu[n] < frugal)) frugal = cpu[n]
+                printf "| %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", row, shown(o, copy),
+                    shown(q, copy), shown(n, copy), times(best[o], better),
+                    cost(o, copy), cost(q, copy), cost(n, copy), times(frugal, cpu[o])
             }
         }' "$record"
 } | tee "$out/table.md"
