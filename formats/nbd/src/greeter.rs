@@ -2,15 +2,17 @@
 //! Greets clients, counts them, and sends them away.
 
 use crate::export::Exports;
-use crate::handshake::{Offer, negotiate};
+use crate::handshake::{Agreed, Offer, Outcome, negotiate, resume};
 use crate::limits::{Limits, Pool};
 use crate::listener::Listener;
-use crate::socket::{Deadline, Sender, Socket};
+use crate::server::Streams;
+use crate::socket::{Deadline, Output, Sealed, Sender, Socket};
+use crate::tls::Encryption;
 use crate::transmission::{Connection, Surroundings};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::Shutdown;
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -28,6 +30,7 @@ const LONG_HANDSHAKE: Duration = Duration::from_secs(1);
 pub(crate) struct Shared {
     pub(crate) exports: Exports,
     pub(crate) limits: Limits,
+    pub(crate) encryption: Option<Encryption>,
     pool: Pool,
     clients: Mutex<Clients>,
     /// Signalled when a client has come, has chosen or has left.
@@ -82,6 +85,7 @@ impl Shared {
             exports,
             pool: Pool::new(&limits),
             limits,
+            encryption: None,
             clients: Mutex::default(),
             changed: Condvar::new(),
             stopping: AtomicBool::new(false),
@@ -220,14 +224,42 @@ impl Shared {
     }
 
     fn attend(&self, socket: &Socket, number: u64) -> Result<()> {
-        let prepared = |error| Error::io("cannot prepare the connection", error);
         let now = Instant::now();
-        let until = now.checked_add(self.limits.handshake).unwrap_or(now);
-        let Self { exports, limits, pool, stopping, .. } = self;
-        let offer = Offer { exports, limits, stopping };
-        let Some(agreed) = negotiate(&mut Deadline { socket, until }, offer)? else {
-            return Ok(());
-        };
+        let until = Some(now.checked_add(self.limits.handshake).unwrap_or(now));
+        let Self { exports, limits, stopping, .. } = self;
+        let encryption = self.encryption.as_ref();
+        let offer = Offer { exports, limits, stopping, encryption };
+        let mut plain = Deadline { socket, until };
+        match negotiate(&mut plain, offer)? {
+            Outcome::Left => Ok(()),
+            Outcome::Agreed(agreed) => {
+                self.transmit(socket, number, agreed, (socket, Sender(socket)))
+            }
+            Outcome::Encrypt(greeted) => {
+                let Some(Encryption { tls, .. }) = encryption else { return Ok(()) };
+                let (reading, writing) = tls.accept(Deadline { socket, until }, plain)?;
+                let mut stream = Streams(reading, Sealed::new(writing));
+                let Outcome::Agreed(agreed) = resume(&mut stream, offer, greeted)? else {
+                    return Ok(());
+                };
+                let Streams(mut reading, mut writing) = stream;
+                reading.source_mut().until = None;
+                writing.has_no_deadline();
+                self.transmit(socket, number, agreed, (reading, writing))
+            }
+        }
+    }
+
+    /// Answers the requests of a client that has chosen an export.
+    fn transmit<R: Read + Send, W: Output>(
+        &self,
+        socket: &Socket,
+        number: u64,
+        agreed: Agreed,
+        streams: (R, W),
+    ) -> Result<()> {
+        let prepared = |error| Error::io("cannot prepare the connection", error);
+        let Self { limits, pool, stopping, .. } = self;
         let at_least = |time: Duration| Some(time.max(Duration::from_millis(1)));
         socket.set_receive_timeout(at_least(limits.receive_stall)).map_err(prepared)?;
         socket.set_send_timeout(at_least(limits.send_stall)).map_err(prepared)?;
@@ -239,7 +271,6 @@ impl Shared {
         });
         self.wake_greeter();
         let surroundings = Surroundings { limits, pool, stopping };
-        let streams = (socket, Sender(socket));
         Connection::new(streams, Some(socket.as_fd()), agreed, surroundings).serve();
         Ok(())
     }

@@ -10,6 +10,7 @@ use crate::limits::Limits;
 use crate::option::{InfoRequest, MetaRequest, text};
 use crate::reply::Framing;
 use crate::request::context_id;
+use crate::tls::Encryption;
 use crate::wire::{
     MAX_STRING, OPTION_MAGIC, OPTION_REPLY_MAGIC, SERVER_MAGIC, handshake, info, option,
     option_reply, truncated,
@@ -35,18 +36,40 @@ pub(crate) struct Offer<'a> {
     pub(crate) limits: &'a Limits,
     /// The server is about to end.
     pub(crate) stopping: &'a AtomicBool,
+    pub(crate) encryption: Option<&'a Encryption>,
 }
 
-/// Leads the handshake on `stream`. `None` if the client left in good order.
+/// Where a handshake has led.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The client left in good order.
+    Left,
+    Agreed(Agreed),
+    /// The client has been told to begin with TLS, under which [`resume`] goes on.
+    Encrypt(Greeted),
+}
+
+/// All that stays valid when a connection is encrypted. What somebody in between has put
+/// into the plain text before is in none of it, but for the flags of the client, which decide
+/// nothing but the form of replies to EXPORT_NAME.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Greeted {
+    /// The client knows more options than EXPORT_NAME.
+    fixed: bool,
+    /// EXPORT_NAME is answered with padding.
+    zeroes: bool,
+    /// Options so far.
+    options: u32,
+    encrypted: bool,
+}
+
+/// Leads the handshake on `stream`.
 ///
 /// # Errors
 ///
 /// The client broke the protocol or a limit, or the stream failed: either way nothing
 /// more can be said to it and the stream has to be closed.
-pub(crate) fn negotiate(
-    stream: &mut (impl Read + Write),
-    offer: Offer<'_>,
-) -> Result<Option<Agreed>> {
+pub(crate) fn negotiate(stream: &mut (impl Read + Write), offer: Offer<'_>) -> Result<Outcome> {
     let offered = handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES;
     let mut greeting = Vec::with_capacity(18);
     greeting.extend(SERVER_MAGIC.to_be_bytes());
@@ -59,13 +82,31 @@ pub(crate) fn negotiate(
     }
     let fixed = flags & u32::from(handshake::FIXED_NEWSTYLE) != 0;
     let zeroes = flags & u32::from(handshake::NO_ZEROES) == 0;
+    let greeted = Greeted { fixed, zeroes, options: 0, encrypted: false };
+    resume(stream, offer, greeted)
+}
+
+/// Leads the handshake on from the first option, or the first one on an encrypted `stream`.
+///
+/// # Errors
+///
+/// As [`negotiate`].
+pub(crate) fn resume(
+    stream: &mut (impl Read + Write),
+    offer: Offer<'_>,
+    greeted: Greeted,
+) -> Result<Outcome> {
     let mut negotiation =
-        Negotiation { stream, offer, zeroes, framing: Framing::Simple, selected: None };
-    for _ in 0..offer.limits.options {
-        match negotiation.next_option(fixed)? {
+        Negotiation { stream, offer, greeted, framing: Framing::Simple, selected: None };
+    for options in greeted.options..offer.limits.options {
+        match negotiation.next_option()? {
             Step::Next => {}
-            Step::Left => return Ok(None),
-            Step::Agreed(agreed) => return Ok(Some(agreed)),
+            Step::Left => return Ok(Outcome::Left),
+            Step::Agreed(agreed) => return Ok(Outcome::Agreed(agreed)),
+            Step::Encrypt => {
+                let options = options.saturating_add(1);
+                return Ok(Outcome::Encrypt(Greeted { options, encrypted: true, ..greeted }));
+            }
         }
     }
     Err(Error::corrupt(format!("client sent {} options without choosing", offer.limits.options)))
@@ -87,13 +128,13 @@ enum Step {
     Next,
     Left,
     Agreed(Agreed),
+    Encrypt,
 }
 
 struct Negotiation<'a, S> {
     stream: &'a mut S,
     offer: Offer<'a>,
-    /// Whether EXPORT_NAME is answered with padding.
-    zeroes: bool,
+    greeted: Greeted,
     framing: Framing,
     selected: Option<Selected>,
 }
@@ -107,7 +148,7 @@ struct Selected {
 }
 
 impl<S: Read + Write> Negotiation<'_, S> {
-    fn next_option(&mut self, fixed: bool) -> Result<Step> {
+    fn next_option(&mut self) -> Result<Step> {
         let raw: [u8; 16] = receive(self.stream)?;
         let fields = BigEndian(&raw, "option");
         let magic = fields.u64("magic", 0)?;
@@ -118,7 +159,7 @@ impl<S: Read + Write> Negotiation<'_, S> {
                 "option magic is {magic:#x}, expected {OPTION_MAGIC:#x}"
             )));
         }
-        if !fixed && number != option::EXPORT_NAME {
+        if !self.greeted.fixed && number != option::EXPORT_NAME {
             return Err(Error::corrupt(format!(
                 "option {number} from a client without fixed newstyle"
             )));
@@ -135,6 +176,15 @@ impl<S: Read + Write> Negotiation<'_, S> {
             .map_err(|error| Error::io("cannot receive from the client", error))?;
         if self.offer.stopping.load(Ordering::Relaxed) && number != option::ABORT {
             self.refuse(number, option_reply::ERR_SHUTDOWN, "server is shutting down")?;
+            return Ok(Step::Next);
+        }
+        if self.lacks_encryption() && !matches!(number, option::STARTTLS | option::ABORT) {
+            let text = "server wants TLS first";
+            if number == option::EXPORT_NAME {
+                // There is no error reply to it.
+                return Err(Error::new(ErrorKind::Denied, "client uses EXPORT_NAME without TLS"));
+            }
+            self.refuse(number, option_reply::ERR_TLS_REQD, text)?;
             return Ok(Step::Next);
         }
         match number {
@@ -160,12 +210,30 @@ impl<S: Read + Write> Negotiation<'_, S> {
                 self.framing = Framing::Extended;
                 self.reply(number, option_reply::ACK, &[])?;
             }
-            option::STARTTLS => {
-                self.refuse(number, option_reply::ERR_UNSUP, "server has no TLS")?;
-            }
+            option::STARTTLS => return self.start_tls(&data),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta(number, &data)?,
             _ => self.refuse(number, option_reply::ERR_UNSUP, "unknown option")?,
         }
+        Ok(Step::Next)
+    }
+
+    /// Nothing may be told to this client as long as others can read it.
+    fn lacks_encryption(&self) -> bool {
+        !self.greeted.encrypted && self.offer.encryption.is_some_and(|offered| offered.required)
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> Result<Step> {
+        let (kind, text) = if self.offer.encryption.is_none() {
+            (option_reply::ERR_UNSUP, "server has no TLS")
+        } else if self.greeted.encrypted {
+            (option_reply::ERR_INVALID, "connection is encrypted already")
+        } else if !data.is_empty() {
+            (option_reply::ERR_INVALID, "option takes no data")
+        } else {
+            self.reply(option::STARTTLS, option_reply::ACK, &[])?;
+            return Ok(Step::Encrypt);
+        };
+        self.refuse(option::STARTTLS, kind, text)?;
         Ok(Step::Next)
     }
 
@@ -197,7 +265,7 @@ impl<S: Read + Write> Negotiation<'_, S> {
         let mut bytes = Vec::with_capacity(134);
         bytes.extend(served.export.device.size().to_be_bytes());
         bytes.extend(served.flags(self.framing).to_be_bytes());
-        if self.zeroes {
+        if self.greeted.zeroes {
             bytes.extend([0; 124]);
         }
         send(self.stream, &bytes)?;

@@ -3,11 +3,12 @@
 
 use crate::export::{Export, Exports};
 use crate::greeter::Shared;
-use crate::handshake::{Offer, negotiate};
+use crate::handshake::{Offer, Outcome, negotiate};
 use crate::limits::{Limits, Pool};
 use crate::listener::{Listener, Place};
 use crate::socket::Plain;
 use crate::statistics::Statistics;
+use crate::tls::{Encryption, ServerTls};
 use crate::transmission::{Connection, Surroundings};
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -25,7 +26,7 @@ use tranship_block::{BlockDevice, Error, ErrorKind, Result};
 #[derive(Debug)]
 pub struct Server {
     listeners: Vec<Listener>,
-    shared: Arc<Shared>,
+    shared: Shared,
 }
 
 /// A server at work. Dropping it stops it.
@@ -62,6 +63,14 @@ impl Server {
         Ok(Self { listeners: vec![Listener::unix(path)?], shared })
     }
 
+    /// Clients may encrypt with `tls`, or have to if `required` is true: then they learn
+    /// nothing before they do. The connection of one that may not is closed.
+    #[must_use]
+    pub fn with_tls(mut self, tls: ServerTls, required: bool) -> Self {
+        self.shared.encryption = Some(Encryption { tls, required });
+        self
+    }
+
     /// Starts to answer, in threads of its own.
     ///
     /// # Errors
@@ -69,6 +78,7 @@ impl Server {
     /// [`ErrorKind::Io`] if no thread can be started.
     pub fn start(self) -> Result<Running> {
         let Self { listeners, shared } = self;
+        let shared = Arc::new(shared);
         let places = listeners.iter().map(Listener::place).collect();
         let greeter = Builder::new()
             .name("nbd greeter".to_owned())
@@ -81,7 +91,7 @@ impl Server {
     }
 }
 
-fn shared(exports: Vec<Export>, limits: Limits) -> Result<Arc<Shared>> {
+fn shared(exports: Vec<Export>, limits: Limits) -> Result<Shared> {
     if limits.payload < 1 << 20 || limits.requests == 0 || limits.connections == 0 {
         return Err(Error::usage(format!(
             "limits allow {} connections, {} requests and {} bytes of payload, \
@@ -96,7 +106,7 @@ fn shared(exports: Vec<Export>, limits: Limits) -> Result<Arc<Shared>> {
         }
         offered.add(export)?;
     }
-    Ok(Arc::new(Shared::new(offered, limits)?))
+    Shared::new(offered, limits)
 }
 
 /// Serves one client: what it sends comes from `input`, and replies go to `output`. Returns
@@ -118,8 +128,8 @@ pub fn serve<R: Read + Send, W: Write + Send>(
     }
     let mut streams = Streams(input, output);
     let stopping = AtomicBool::new(false);
-    let offer = Offer { exports: &offered, limits, stopping: &stopping };
-    let Some(agreed) = negotiate(&mut streams, offer)? else {
+    let offer = Offer { exports: &offered, limits, stopping: &stopping, encryption: None };
+    let Outcome::Agreed(agreed) = negotiate(&mut streams, offer)? else {
         return Ok(());
     };
     let surroundings = Surroundings { limits, pool: &Pool::new(limits), stopping: &stopping };
@@ -128,7 +138,7 @@ pub fn serve<R: Read + Send, W: Write + Send>(
 }
 
 /// Both directions as one.
-struct Streams<R, W>(R, W);
+pub(crate) struct Streams<R, W>(pub(crate) R, pub(crate) W);
 
 impl<R: Read, W> Read for Streams<R, W> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {

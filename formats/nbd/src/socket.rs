@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Connected sockets as the two phases of a connection want them.
 
+use crate::tls::TlsWriting;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -77,18 +78,21 @@ pub(crate) fn has_bytes(socket: BorrowedFd<'_>) -> bool {
     !matches!(poll(&mut events, Some(&now)), Ok(0))
 }
 
-/// A stream that has to be done with by some moment, however slowly bytes come.
+/// A stream that has to be done with by some moment, however slowly bytes come; without
+/// one, the socket's own time-outs hold.
 #[derive(Debug)]
 pub(crate) struct Deadline<'a> {
     pub(crate) socket: &'a Socket,
-    pub(crate) until: Instant,
+    pub(crate) until: Option<Instant>,
 }
 
 impl Deadline<'_> {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.until.checked_duration_since(Instant::now()) {
+    /// Sets a time-out with what is left of the time.
+    fn limit(&self, set: fn(&Socket, Option<Duration>) -> io::Result<()>) -> io::Result<()> {
+        let Some(until) = self.until else { return Ok(()) };
+        match until.checked_duration_since(Instant::now()) {
             // The kernel counts in microseconds and takes 0 for no limit.
-            Some(left) if left >= Duration::from_micros(1) => Ok(Some(left)),
+            Some(left) if left >= Duration::from_micros(1) => set(self.socket, Some(left)),
             _ => Err(io::ErrorKind::TimedOut.into()),
         }
     }
@@ -96,7 +100,7 @@ impl Deadline<'_> {
 
 impl Read for Deadline<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_receive_timeout(self.left()?)?;
+        self.limit(Socket::set_receive_timeout)?;
         let mut socket = self.socket;
         socket.read(bytes)
     }
@@ -104,8 +108,12 @@ impl Read for Deadline<'_> {
 
 impl Write for Deadline<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_send_timeout(self.left()?)?;
-        self.socket.send(&[IoSlice::new(bytes)])
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.limit(Socket::set_send_timeout)?;
+        self.socket.send(bufs)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -200,6 +208,52 @@ impl Output for Sender<'_> {
 impl Drop for Sender<'_> {
     fn drop(&mut self) {
         self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// The sending half of an encrypted socket. Dropping it says so to the client, and ends the
+/// connection in both directions.
+#[derive(Debug)]
+pub(crate) struct Sealed<'a> {
+    writing: TlsWriting<Deadline<'a>>,
+    /// Nothing more can be said after a failed send.
+    is_broken: bool,
+}
+
+impl<'a> Sealed<'a> {
+    pub(crate) fn new(writing: TlsWriting<Deadline<'a>>) -> Self {
+        Self { writing, is_broken: false }
+    }
+
+    /// The handshake is over.
+    pub(crate) fn has_no_deadline(&mut self) {
+        self.writing.sink_mut().until = None;
+    }
+}
+
+impl Write for Sealed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.writing.write_vectored(bufs).inspect_err(|_| self.is_broken = true)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Output for Sealed<'_> {}
+
+impl Drop for Sealed<'_> {
+    fn drop(&mut self) {
+        if !self.is_broken {
+            // The client may have left without waiting for it.
+            let _ = self.writing.finish();
+        }
+        self.writing.sink_mut().socket.shutdown(Shutdown::Both);
     }
 }
 

@@ -178,6 +178,14 @@ impl fmt::Debug for ServerTls {
     }
 }
 
+/// What a server encrypts with, and whether clients have a choice.
+#[derive(Clone, Debug)]
+pub(crate) struct Encryption {
+    pub(crate) tls: ServerTls,
+    /// Clients have to encrypt.
+    pub(crate) required: bool,
+}
+
 /// What encrypts. AES with 128 bits is first: it is as safe, and a third quicker.
 fn provider() -> Arc<CryptoProvider> {
     let mut provider = ring::default_provider();

@@ -88,6 +88,13 @@ fn refused(error: &rustls::Error) -> Error {
     Error::new(ErrorKind::Denied, format!("the TLS handshake failed: {error}"))
 }
 
+impl<R> TlsReading<R> {
+    /// Where the encrypted bytes come from.
+    pub(crate) fn source_mut(&mut self) -> &mut R {
+        &mut self.source
+    }
+}
+
 impl<R: Read> Read for TlsReading<R> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if buf.is_empty() {
@@ -117,6 +124,13 @@ impl<R: Read> Read for TlsReading<R> {
                 return Ok(0);
             }
         }
+    }
+}
+
+impl<W> TlsWriting<W> {
+    /// Where the encrypted bytes go.
+    pub(crate) fn sink_mut(&mut self) -> &mut W {
+        &mut self.sink
     }
 }
 
