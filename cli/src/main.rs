@@ -24,6 +24,7 @@ mod shell;
 mod signals;
 mod source_text;
 mod stdout;
+mod tls;
 mod verify_boot;
 
 use args::Command;

@@ -3,9 +3,11 @@
 //! and nbdkit's way to run a command meanwhile.
 
 mod activation;
+mod authorization;
 mod background;
 mod command;
 mod disk;
+mod encryption;
 mod guard;
 mod list;
 mod listening;
@@ -21,6 +23,7 @@ use crate::personality::Personality;
 use crate::{logging, stdout};
 use command::Running;
 use disk::Opening;
+use encryption::Encryption;
 use listening::Serving;
 use settings::Settings;
 use statistics::Telling;
@@ -43,6 +46,7 @@ fn serve(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
     // Before this program opens anything that could get these numbers.
     let inherited = activation::take()?;
     let settings = Settings::of(args, personality, !inherited.is_empty())?;
+    let encryption = Encryption::of(args)?;
     logging::start(&Talk { verbose: args.verbose, trace: false });
     let telling = Telling::start(args.statistics.as_deref())?;
     let meter = Meter::new(settings.rate, args.statistics.is_some());
@@ -52,7 +56,7 @@ fn serve(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
         settings.disks.iter().map(|named| opening.open(named)).collect::<Result<Vec<_>, _>>()?;
     // From here on a signal ends the work in order.
     let mut watch = Watch::start()?;
-    let serving = Serving::start(&settings, inherited, exports)?;
+    let serving = Serving::start(&settings, encryption, inherited, exports)?;
     if let Some(path) = &args.pid_file {
         write_number(path)?;
     }

@@ -35,6 +35,11 @@ pub(crate) struct CopyArgs {
     )]
     pub(crate) target_format: Option<String>,
 
+    /// What options of disks refer to: secret,id=ID,file=FILE or
+    /// tls-creds-x509,id=ID,endpoint=client,dir=DIR. Can be repeated
+    #[arg(long, value_name = "OBJDEF", allow_hyphen_values = true, help_heading = "Formats")]
+    pub(crate) object: Vec<String>,
+
     /// Leave no holes in the destination
     #[arg(long, help_heading = "Zeroes")]
     pub(crate) allocated: bool,

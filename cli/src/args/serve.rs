@@ -44,15 +44,25 @@ pub(crate) struct ServeArgs {
     /// Seconds that a client's handshake may take (default 10); 0 is any time
     #[arg(long, value_name = "N", allow_hyphen_values = true, help_heading = LISTENING)]
     pub(crate) handshake_limit: Option<String>,
-    /// Encrypt with the credentials that this object has
+    /// Encrypt with the credentials that this object has; clients have to
     #[arg(long, value_name = "ID", help_heading = LISTENING)]
     pub(crate) tls_creds: Option<String>,
-    /// Who may connect, by this object
-    #[arg(long, value_name = "ID", help_heading = LISTENING, hide = true)]
+    /// Let those clients in that this object allows, by the names in their certificates
+    #[arg(long, value_name = "ID", help_heading = LISTENING)]
     pub(crate) tls_authz: Option<String>,
     /// Name that a server's certificate has to have, with -L
     #[arg(long, value_name = "HOSTNAME", help_heading = LISTENING)]
     pub(crate) tls_hostname: Option<String>,
+    /// Whether clients encrypt: off, on (if they want to), require (default with
+    /// certificates)
+    #[arg(long, value_name = "MODE", help_heading = LISTENING)]
+    pub(crate) tls: Option<String>,
+    /// Encrypt with server-cert.pem and server-key.pem of this folder
+    #[arg(long, value_name = "DIR", help_heading = LISTENING)]
+    pub(crate) tls_certificates: Option<PathBuf>,
+    /// Clients have to have a certificate that ca-cert.pem of the same folder vouches for
+    #[arg(long, help_heading = LISTENING)]
+    pub(crate) tls_verify_peer: bool,
 
     /// Name of the export (default: the empty name)
     #[arg(short = 'x', long, value_name = "NAME", allow_hyphen_values = true,
@@ -88,8 +98,9 @@ pub(crate) struct ServeArgs {
     /// Take DISK for options such as driver=qcow2,file.filename=NAME
     #[arg(long, help_heading = OPENING)]
     pub(crate) image_opts: bool,
-    /// What options refer to: secret,id=ID,data=TEXT or secret,id=ID,file=FILE. Can be
-    /// repeated
+    /// What options refer to: secret,id=ID,data=TEXT or secret,id=ID,file=FILE,
+    /// tls-creds-x509,id=ID,endpoint=server,dir=DIR, authz-simple,id=ID,identity=NAME. Can
+    /// be repeated
     #[arg(long, value_name = "OBJDEF", allow_hyphen_values = true, help_heading = OPENING)]
     pub(crate) object: Vec<String>,
     /// Let images open what lies below this folder. Without it an image gets nothing but

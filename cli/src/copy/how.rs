@@ -3,9 +3,10 @@
 
 use crate::args::CopyArgs;
 use crate::failure::Failure;
-use crate::image::sizes;
+use crate::image::{secrets, sizes};
 use std::time::Duration;
 use tranship_block::CopyOptions;
+use tranship_formats::Secrets;
 
 /// Bytes of a chunk of a hash manifest.
 pub(super) const HASH_CHUNK: u64 = 1 << 20;
@@ -28,6 +29,8 @@ pub(super) struct How {
     pub(super) connections: usize,
     /// How long a server that is gone is tried again.
     pub(super) retry: Duration,
+    /// What options of disks refer to.
+    pub(super) secrets: Secrets,
     requests: Option<usize>,
     threads: Option<usize>,
     connections_given: bool,
@@ -62,6 +65,7 @@ impl How {
         Ok(Self {
             connections: if args.synchronous { 1 } else { connections.unwrap_or(4) },
             retry: args.retry.unwrap_or_default(),
+            secrets: secrets::parse(&args.object)?,
             requests,
             threads,
             connections_given: connections.is_some(),

@@ -51,7 +51,7 @@ fn connect(address: &NbdAddress, how: &How, read_only: bool) -> Result<Remote, E
         export: address.uri.export.clone(),
         read_only,
         connections: how.connections,
-        tls: address.uri.client_tls()?,
+        tls: how.secrets.tls_for(address)?,
         retry: Retry { budget: address.reconnect },
         ..ClientOptions::default()
     };

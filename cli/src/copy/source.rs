@@ -58,7 +58,11 @@ impl Source {
             files: Vec::new(),
             program: None,
         };
-        let opening = || OpenOptions { meter: meter.clone(), ..options(format, true) };
+        let opening = || OpenOptions {
+            meter: meter.clone(),
+            secrets: how.secrets.clone(),
+            ..options(format, true)
+        };
         match place {
             Where::Standard => {
                 let input = std::io::stdin().as_fd().try_clone_to_owned();

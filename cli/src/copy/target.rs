@@ -124,7 +124,11 @@ impl Wanted<'_> {
     ) -> Result<Target, Failure> {
         let format = self.side.format;
         let meter = self.metering.meter().disk("target", &self.side.name);
-        let opening = OpenOptions { meter: meter.clone(), ..options(format, false) };
+        let opening = OpenOptions {
+            meter: meter.clone(),
+            secrets: self.how.secrets.clone(),
+            ..options(format, false)
+        };
         let kind = self.kind();
         let place = std::mem::replace(&mut self.side.place, Where::Null);
         let target = |kind, device| self.target(kind, device, &meter);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Passphrases from `--object secret,…`.
+//! Passphrases from `--object secret,…`, and clients' credentials for TLS.
 
 use super::options;
 use crate::failure::Failure;
+use crate::tls::{X509, refuse_other};
 use tranship_formats::Secrets;
 
 /// A passphrase is not a disk: more than this is a mistake.
@@ -12,23 +13,45 @@ const LARGEST: u64 = 2 << 20;
 pub(crate) fn parse(objects: &[String]) -> Result<Secrets, Failure> {
     let mut secrets = Secrets::default();
     for object in objects {
-        let (id, secret) = one(object)?;
-        secrets.insert(id, secret);
+        let (kind, parts) = kind_of(object)?;
+        refuse_other(&kind)?;
+        match kind.as_str() {
+            "secret" => {
+                let (id, secret) = one(parts)?;
+                secrets.insert(id, secret);
+            }
+            "tls-creds-x509" => {
+                let x509 = X509::parse(parts)?;
+                let tls = x509.client()?;
+                secrets.insert_tls(x509.id, tls);
+            }
+            _ => {
+                let text = format!("Parameter 'qom-type' does not accept value '{kind}'");
+                return Err(Failure::usage(text).hint(
+                    "objects are secret,id=ID,file=FILE and \
+                     tls-creds-x509,id=ID,endpoint=client,dir=DIR",
+                ));
+            }
+        }
     }
     Ok(secrets)
 }
 
-fn one(object: &str) -> Result<(String, Vec<u8>), Failure> {
+/// The type of an object, and the rest of its words.
+pub(crate) fn kind_of(
+    object: &str,
+) -> Result<(String, impl Iterator<Item = (String, Option<String>)> + use<>), Failure> {
     let mut parts = options::split(object).into_iter();
-    let kind = match parts.next() {
-        Some((kind, None)) => kind,
-        Some((name, Some(kind))) if name == "qom-type" => kind,
-        _ => return Err(Failure::usage("Parameter 'qom-type' is missing")),
-    };
-    if kind != "secret" {
-        return Err(Failure::usage(format!("Parameter 'qom-type' does not accept value '{kind}'"))
-            .hint("objects are secrets: secret,id=ID,file=FILE"));
+    match parts.next() {
+        Some((kind, None)) => Ok((kind, parts)),
+        Some((name, Some(kind))) if name == "qom-type" => Ok((kind, parts)),
+        _ => Err(Failure::usage("Parameter 'qom-type' is missing")),
     }
+}
+
+fn one(
+    parts: impl Iterator<Item = (String, Option<String>)>,
+) -> Result<(String, Vec<u8>), Failure> {
     let (mut id, mut data, mut file, mut base64) = (None, None, None, false);
     for (name, value) in parts {
         let value = value.unwrap_or_else(|| "on".to_owned());
@@ -139,6 +162,22 @@ mod tests {
     fn mistakes_are_named_without_the_secret() {
         for (object, expected) in [
             ("foo", "Parameter 'qom-type' does not accept value 'foo'"),
+            ("tls-creds-x509,dir=/nowhere", "Parameter 'id' is missing"),
+            ("tls-creds-x509,id=a", "Missing 'dir' property value"),
+            (
+                "tls-creds-x509,id=a,dir=/nowhere,endpoint=server",
+                "Expected TLS credentials for a client endpoint",
+            ),
+            (
+                "tls-creds-x509,id=a,dir=x,endpoint=foo",
+                "Parameter 'endpoint' does not accept value 'foo'",
+            ),
+            (
+                "tls-creds-x509,id=a,dir=x,verify-peer=foo",
+                "Parameter 'verify-peer' expects 'on' or 'off'",
+            ),
+            ("tls-creds-x509,id=a,dir=x,foo=1", "Parameter 'foo' is unexpected"),
+            ("tls-creds-psk,id=a,dir=x", "there are no tls-creds-psk here, but certificates"),
             ("secret", "Parameter 'id' is missing"),
             ("secret,id=a", "Either 'file' or 'data' must be provided"),
             ("secret,id=a,data=geheim,file=y", "'file' and 'data' are mutually exclusive"),

@@ -5,7 +5,8 @@ use crate::failure::Failure;
 use std::path::Path;
 use tranship_block::BlockDevice;
 use tranship_nbd::{
-    Address, ClientOptions, Facts, ListedExport, Remote, Uri, describe_export, list_exports,
+    Address, ClientOptions, ClientTls, Facts, ListedExport, Remote, Uri, describe_export,
+    list_exports,
 };
 
 /// How client and server speak.
@@ -34,6 +35,8 @@ pub(crate) struct Export {
 #[derive(Clone, Debug)]
 pub(crate) struct Server {
     uri: Uri,
+    /// What is used instead of what the URI says about it.
+    tls: Option<ClientTls>,
 }
 
 /// A connection to an export.
@@ -73,22 +76,27 @@ impl Export {
 impl Server {
     /// The server and export of a URI.
     pub(super) fn named(text: &str) -> Result<Self, Failure> {
-        Ok(Self { uri: Uri::parse(text)? })
+        Ok(Self { uri: Uri::parse(text)?, tls: None })
     }
 
     /// The server at a Unix socket.
     pub(crate) fn at_socket(path: &Path) -> Self {
-        Self { uri: Uri::new(Address::Unix(path.to_owned()), "") }
+        Self { uri: Uri::new(Address::Unix(path.to_owned()), ""), tls: None }
     }
 
     /// The server at a port of TCP.
     pub(crate) fn at_port(host: &str, port: u16) -> Self {
-        Self { uri: Uri::new(Address::Tcp { host: host.to_owned(), port }, "") }
+        Self { uri: Uri::new(Address::Tcp { host: host.to_owned(), port }, ""), tls: None }
+    }
+
+    /// The same, encrypted with these credentials if there are any.
+    pub(crate) fn encrypted_with(self, tls: Option<ClientTls>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Another export of the same server.
     pub(super) fn with_export(&self, name: &str) -> Self {
-        Self { uri: Uri { export: name.to_owned(), ..self.uri.clone() } }
+        Self { uri: Uri { export: name.to_owned(), ..self.uri.clone() }, tls: self.tls.clone() }
     }
 
     /// How the export is named.
@@ -102,7 +110,10 @@ impl Server {
             export: self.uri.export.clone(),
             read_only: true,
             connections: 1,
-            tls: self.uri.client_tls()?,
+            tls: match &self.tls {
+                Some(tls) => Some(tls.clone()),
+                None => self.uri.client_tls()?,
+            },
             ..ClientOptions::default()
         })
     }

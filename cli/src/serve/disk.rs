@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opens the disks that are served.
 
+use super::encryption;
 use super::guard::StaysRaw;
 use super::settings::{Named, Settings};
 use crate::args::ServeArgs;
@@ -112,7 +113,7 @@ impl Opening<'_> {
             locking: Locking::On,
             direct: self.settings.direct,
             direct_below: self.settings.direct,
-            secrets: secrets::parse(&args.object)?,
+            secrets: secrets::parse(&encryption::without_servers(&args.object)?)?,
             meter: meter.clone(),
         };
         let opened = tranship_formats::open_spec(&spec, &options).map_err(|error| {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `-L`: what another server offers, in qemu-nbd's words.
 
+use super::encryption;
 use super::settings::port;
 use crate::args::ServeArgs;
 use crate::failure::Failure;
@@ -46,6 +47,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
     if args.fork || args.run.is_some() {
         return Err(Failure::usage("List mode is incompatible with forking"));
     }
+    let tls = encryption::of_client(args)?;
     let path = args.socket.as_ref().or(args.unix.as_ref());
     let server = if let Some(path) = path {
         Server::at_socket(path)
@@ -53,7 +55,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<u8, Failure> {
         let host = args.bind.as_deref().unwrap_or("127.0.0.1");
         Server::at_port(host, port(args.port.as_deref())?)
     };
-    let (protocol, exports) = server.list()?;
+    let (protocol, exports) = server.encrypted_with(tls).list()?;
     stdout::print(&text(protocol, &exports))?;
     Ok(0)
 }

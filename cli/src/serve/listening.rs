@@ -2,11 +2,12 @@
 //! The server with its sockets.
 
 use super::disk::Offered;
+use super::encryption::Encryption;
 use super::settings::{Settings, Wanted};
 use crate::failure::Failure;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tempfile::TempDir;
 use tranship_nbd::{Address, Export, Limits, Listener, Place, Running, Server, Uri};
@@ -19,6 +20,8 @@ pub(super) struct Serving {
     places: Vec<Place>,
     /// The port was left to the system.
     is_port_chosen: bool,
+    /// Where the certificates are, if clients have to encrypt.
+    certificates: Option<PathBuf>,
     /// The folder of a private socket.
     _folder: Option<TempDir>,
 }
@@ -27,6 +30,7 @@ impl Serving {
     /// Starts to listen and to answer.
     pub(super) fn start(
         settings: &Settings,
+        encryption: Option<Encryption>,
         inherited: Vec<OwnedFd>,
         disks: Vec<Offered>,
     ) -> Result<Self, Failure> {
@@ -68,8 +72,14 @@ impl Serving {
             connections: settings.clients.unwrap_or(usize::MAX),
             ..Limits::default()
         };
-        let running = Server::new(listeners, offered.collect(), limits)?.start()?;
-        Ok(Self { running, exports, places, is_port_chosen, _folder: private })
+        let mut server = Server::new(listeners, offered.collect(), limits)?;
+        let mut certificates = None;
+        if let Some(Encryption { tls, required, folder }) = encryption {
+            server = server.with_tls(tls, required);
+            certificates = required.then_some(folder);
+        }
+        let running = server.start()?;
+        Ok(Self { running, exports, places, is_port_chosen, certificates, _folder: private })
     }
 
     /// How many clients are connected.
@@ -144,9 +154,13 @@ impl Serving {
                 _ => None,
             }),
         };
-        address
-            .map(|address| Uri::new(address, self.first_export()).to_string())
-            .unwrap_or_default()
+        let named = |address| {
+            let mut uri = Uri::new(address, self.first_export());
+            uri.tls = self.certificates.is_some();
+            uri.tls_options.certificates.clone_from(&self.certificates);
+            uri.to_string()
+        };
+        address.map(named).unwrap_or_default()
     }
 }
 

@@ -99,10 +99,6 @@ fn refuse_absent(args: &ServeArgs) -> Result<(), Failure> {
         return Err(Failure::usage("there is no client of the kernel's here (-c, -d)")
             .hint("programs that speak NBD need none; for the others there is nbd-client"));
     }
-    let tls = [&args.tls_creds, &args.tls_authz, &args.tls_hostname];
-    if tls.iter().any(|word| word.is_some()) {
-        return Err(Failure::usage("the server cannot encrypt yet (--tls-creds)"));
-    }
     Ok(())
 }
 

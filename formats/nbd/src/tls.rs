@@ -7,6 +7,7 @@
 
 mod certificates;
 mod halves;
+mod subject;
 
 use certificates::Folder;
 pub use halves::{TlsReading, TlsWriting};
@@ -99,7 +100,7 @@ impl ClientTls {
             Error::usage(format!("no certificate can be for the host name {host:?}")).because(error)
         })?;
         let connection = ClientConnection::new(Arc::clone(&self.config), name).map_err(unusable)?;
-        halves::shake_hands(connection.into(), reading, writing)
+        halves::shake_hands(connection.into(), reading, writing, |_| Ok(()))
     }
 }
 
@@ -116,7 +117,11 @@ impl fmt::Debug for ClientTls {
 pub struct ServerTls {
     config: Arc<ServerConfig>,
     verifies: bool,
+    rule: Option<Arc<Rule>>,
 }
+
+/// Whether the client with this distinguished name is let in.
+type Rule = dyn Fn(&str) -> bool + Send + Sync;
 
 impl ServerTls {
     /// With the certificate in `folder`. If `verify_clients` is true, clients have to have
@@ -151,7 +156,33 @@ impl ServerTls {
         config.ignore_client_order = true;
         // Nobody comes back to an NBD server often enough to save a handshake.
         config.send_tls13_tickets = 0;
-        Ok(Self { config: Arc::new(config), verifies: verify_clients })
+        Ok(Self { config: Arc::new(config), verifies: verify_clients, rule: None })
+    }
+
+    /// Of the clients with a good certificate lets only those in for whose distinguished
+    /// name `rule` is true. The name is written as GnuTLS does it and QEMU's rules have it:
+    /// `C=GB,O=Example,CN=host`, in the order of the certificate.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Usage`] if clients are not verified: anybody could have any name.
+    pub fn admitting(self, rule: impl Fn(&str) -> bool + Send + Sync + 'static) -> Result<Self> {
+        if !self.verifies {
+            return Err(Error::usage("clients whose certificates are not verified have no names"));
+        }
+        Ok(Self { rule: Some(Arc::new(rule)), ..self })
+    }
+
+    /// Lets a client in by its certificates.
+    fn admit(&self, certificates: &[CertificateDer<'_>]) -> Result<()> {
+        let Some(rule) = &self.rule else { return Ok(()) };
+        let name = certificates.first().and_then(|first| subject::of(first)).ok_or_else(|| {
+            Error::new(ErrorKind::Denied, "the client's certificate has no name that is readable")
+        })?;
+        if rule(&name) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Denied, format!("no rule lets the client {name:?} in")))
     }
 
     /// Shakes hands with a client. The two halves may be used by two threads at a time.
@@ -168,7 +199,8 @@ impl ServerTls {
         writing: W,
     ) -> Result<(TlsReading<R>, TlsWriting<W>)> {
         let connection = ServerConnection::new(Arc::clone(&self.config)).map_err(unusable)?;
-        halves::shake_hands(connection.into(), reading, writing)
+        let admit = |certificates: &[CertificateDer<'_>]| self.admit(certificates);
+        halves::shake_hands(connection.into(), reading, writing, admit)
     }
 }
 

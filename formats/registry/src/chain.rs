@@ -418,20 +418,10 @@ pub(crate) fn cached(file: RawFile, direct: bool) -> Result<RawFile> {
 
 fn connect(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<Remote> {
     let uri = &address.uri;
-    let tls = match &address.credentials {
-        None => uri.client_tls()?,
-        Some(id) => {
-            let tls = secrets.tls(id)?.clone();
-            Some(match &uri.tls_options.hostname {
-                Some(hostname) => tls.for_host(hostname),
-                None => tls,
-            })
-        }
-    };
     let options = ClientOptions {
         export: uri.export.clone(),
         read_only,
-        tls,
+        tls: secrets.tls_for(address)?,
         retry: Retry { budget: address.reconnect },
         ..ClientOptions::default()
     };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Passphrases and credentials that the user gave, by their ids.
 
+use crate::spec::NbdAddress;
 use std::collections::BTreeMap;
 use std::fmt;
 use tranship_block::{Error, Result};
@@ -34,6 +35,21 @@ impl Secrets {
         self.credentials
             .get(id)
             .ok_or_else(|| Error::usage(format!("no TLS credentials with id '{id}'")))
+    }
+
+    /// What a client of this server encrypts with, if it does.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Usage`] if there are no credentials of the id that the
+    /// address names, and what is wrong with the certificates that it names.
+    pub fn tls_for(&self, address: &NbdAddress) -> Result<Option<ClientTls>> {
+        let Some(id) = &address.credentials else { return address.uri.client_tls() };
+        let tls = self.tls(id)?.clone();
+        Ok(Some(match &address.uri.tls_options.hostname {
+            Some(hostname) => tls.for_host(hostname),
+            None => tls,
+        }))
     }
 
     /// The passphrase `id`.

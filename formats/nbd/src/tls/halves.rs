@@ -5,6 +5,7 @@
 //! bytes in memory, never while a socket is waited for.
 
 use rustls::Connection;
+use rustls::pki_types::CertificateDer;
 use std::io::{self, IoSlice, Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tranship_block::{Error, ErrorKind, Result};
@@ -39,11 +40,13 @@ pub struct TlsWriting<W> {
     records: Vec<u8>,
 }
 
-/// Brings a new connection to the point where it carries data.
+/// Brings a new connection to the point where it carries data, unless the other side is not
+/// admitted by its certificates.
 pub(super) fn shake_hands<R: Read, W: Write>(
     mut connection: Connection,
     mut reading: R,
     mut writing: W,
+    admit: impl FnOnce(&[CertificateDer<'_>]) -> Result<()>,
 ) -> Result<(TlsReading<R>, TlsWriting<W>)> {
     connection.set_buffer_limit(None);
     while connection.is_handshaking() {
@@ -69,6 +72,7 @@ pub(super) fn shake_hands<R: Read, W: Write>(
         connection.write_tls(&mut writing).map_err(broken)?;
     }
     writing.flush().map_err(broken)?;
+    admit(connection.peer_certificates().unwrap_or_default())?;
     let shared = Arc::new(Mutex::new(connection));
     let reading = TlsReading {
         shared: Arc::clone(&shared),
