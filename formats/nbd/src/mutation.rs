@@ -4,7 +4,7 @@
 
 use crate::context::Context;
 use crate::export::{Export, Exports};
-use crate::handshake::{Agreed, Offer, negotiate};
+use crate::handshake::{Agreed, Offer, Outcome, negotiate};
 use crate::limits::{Limits, Pool};
 use crate::reply::Framing;
 use crate::socket::Plain;
@@ -142,9 +142,11 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
     ]
     .concat();
     let (limits, stopping) = (Limits::default(), AtomicBool::new(false));
-    let offer = Offer { exports: &exports, limits: &limits, stopping: &stopping };
+    let offer = Offer { exports: &exports, limits: &limits, stopping: &stopping, encryption: None };
     let mut script = Script(Cursor::new(whole.clone()), Vec::new());
-    let agreed = negotiate(&mut script, offer).unwrap().unwrap();
+    let Outcome::Agreed(agreed) = negotiate(&mut script, offer).unwrap() else {
+        panic!("it chooses an export");
+    };
     assert_eq!(agreed.framing, Framing::Extended);
     assert_eq!(agreed.contexts, [Context::Allocation]);
     let mut dice = Dice(0x1234_5678_9abc_def1);
@@ -154,7 +156,7 @@ fn a_damaged_handshake_ends_in_an_agreement_or_an_error() {
         dice.damage(&mut bytes);
         let sent = bytes.len();
         let mut script = Script(Cursor::new(bytes), Vec::new());
-        if let Ok(Some(_)) = negotiate(&mut script, offer) {
+        if let Ok(Outcome::Agreed(_)) = negotiate(&mut script, offer) {
             agreements += 1;
         }
         assert!(script.1.len() <= 18 + 20 * sent, "{} bytes for {sent}", script.1.len());

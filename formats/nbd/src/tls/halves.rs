@@ -12,8 +12,11 @@ use tranship_block::{Error, ErrorKind, Result};
 
 /// Bytes that a socket is asked for at once: 16 of the longest records.
 const GULP: usize = 256 << 10;
-/// Bytes that are encrypted before they are sent: a usual request with its head.
-const BATCH: usize = 260 << 10;
+/// Bytes that are encrypted before they are sent: four of the longest records. The other
+/// side decrypts them while the next are encrypted, and all of them stay in the cache.
+const BATCH: usize = 64 << 10;
+/// Pieces of memory that are encrypted together: a head and what follows it.
+const PIECES: usize = 4;
 
 type Shared = Arc<Mutex<Connection>>;
 
@@ -172,20 +175,14 @@ impl<W: Write> Write for TlsWriting<W> {
         let mut taken = 0_usize;
         {
             let mut connection = locked(&self.shared);
-            let mut writer = connection.writer();
-            let all = bufs.iter().fold(0_usize, |sum, buf| sum.saturating_add(buf.len()));
-            if all <= BATCH {
-                // A short head shares a record with what follows it.
-                taken = writer.write_vectored(bufs)?;
-            } else {
-                for buf in bufs {
-                    let part = buf.get(..BATCH.saturating_sub(taken)).unwrap_or(buf);
-                    taken = taken.saturating_add(writer.write(part)?);
-                    if part.len() < buf.len() {
-                        break;
-                    }
-                }
+            let mut parts = [IoSlice::new(&[]); PIECES];
+            for (part, buf) in parts.iter_mut().zip(bufs) {
+                let now = buf.get(..BATCH.saturating_sub(taken)).unwrap_or(buf);
+                taken = taken.saturating_add(now.len());
+                *part = IoSlice::new(now);
             }
+            // A short head shares a record with what follows it.
+            taken = connection.writer().write_vectored(&parts)?;
         }
         self.send()?;
         Ok(taken)

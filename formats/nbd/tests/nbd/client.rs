@@ -95,6 +95,11 @@ impl Client {
         client
     }
 
+    /// Goes on over another stream of the same connection.
+    pub(crate) fn resumed(descriptor: OwnedFd) -> Self {
+        Self(descriptor.into(), false)
+    }
+
     pub(crate) fn take(&mut self, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.0.read_exact(&mut bytes).unwrap();

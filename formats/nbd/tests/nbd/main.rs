@@ -18,5 +18,6 @@ mod remote;
 mod scripted;
 mod server;
 mod tls;
+mod tls_server;
 mod transmission;
 mod uri;

@@ -15,11 +15,11 @@ use tranship_nbd::{
 };
 
 /// Folders with certificates, of one authority and of another.
-struct Certificates(tempfile::TempDir);
+pub(crate) struct Certificates(tempfile::TempDir);
 
 impl Certificates {
     /// `None`, with a visible line, if there is nothing to make them with.
-    fn make() -> Option<Self> {
+    pub(crate) fn make() -> Option<Self> {
         let made = Self(tempfile::tempdir().unwrap());
         for name in ["good", "other"] {
             let folder = made.folder(name);
@@ -46,11 +46,11 @@ impl Certificates {
         Some(made)
     }
 
-    fn folder(&self, name: &str) -> PathBuf {
+    pub(crate) fn folder(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn sign(&self, name: &str, side: &str, names: &str, days: i32) {
+    pub(crate) fn sign(&self, name: &str, side: &str, names: &str, days: i32) {
         let folder = self.folder(name);
         let extensions = format!(
             "basicConstraints=CA:FALSE\nkeyUsage=critical,digitalSignature,keyEncipherment\n\
@@ -69,16 +69,16 @@ impl Certificates {
         openssl(&folder, &sign).unwrap();
     }
 
-    fn client(&self, name: &str) -> ClientTls {
+    pub(crate) fn client(&self, name: &str) -> ClientTls {
         ClientTls::new(Some(&self.folder(name)), true).unwrap()
     }
 
-    fn server(&self, name: &str, verify_clients: bool) -> ServerTls {
+    pub(crate) fn server(&self, name: &str, verify_clients: bool) -> ServerTls {
         ServerTls::from_folder(&self.folder(name), verify_clients).unwrap()
     }
 }
 
-fn openssl(folder: &Path, words: &str) -> Option<()> {
+pub(crate) fn openssl(folder: &Path, words: &str) -> Option<()> {
     match Command::new("openssl").args(words.split_whitespace()).current_dir(folder).output() {
         Ok(output) => {
             let errors = String::from_utf8_lossy(&output.stderr);
@@ -270,7 +270,7 @@ fn both_directions_are_used_at_the_same_time() {
     thread.join().unwrap();
 }
 
-fn encrypted(tls: ClientTls) -> ClientOptions {
+pub(crate) fn encrypted(tls: ClientTls) -> ClientOptions {
     ClientOptions { tls: Some(tls), ..options("") }
 }
 
