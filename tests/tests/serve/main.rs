@@ -11,4 +11,5 @@ mod resize;
 mod run;
 #[path = "../support/mod.rs"]
 mod support;
+mod tls;
 mod words;
