@@ -7,20 +7,19 @@
 
 mod certificates;
 mod halves;
+mod keys;
+mod shaking;
 mod subject;
 
 use certificates::Folder;
 pub use halves::{TlsReading, TlsWriting};
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, UnbufferedClientConnection, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
-use rustls::{
-    CipherSuite, ClientConfig, ClientConnection, DigitallySignedStruct, ServerConfig,
-    ServerConnection, SignatureScheme,
-};
+use rustls::server::{UnbufferedServerConnection, WebPkiClientVerifier};
+use rustls::{CipherSuite, ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
 use std::fmt;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -68,10 +67,12 @@ impl ClientTls {
             Some(folder) => folder.own("client")?,
             None => None,
         };
-        let config = match own {
+        let mut config = match own {
             Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(unusable)?,
             None => builder.with_no_client_auth(),
         };
+        config.resumption = Resumption::disabled();
+        config.enable_secret_extraction = true;
         Ok(Self { config: Arc::new(config), hostname: None, verifies: verify_peer })
     }
 
@@ -99,8 +100,9 @@ impl ClientTls {
         let name = ServerName::try_from(host.to_owned()).map_err(|error| {
             Error::usage(format!("no certificate can be for the host name {host:?}")).because(error)
         })?;
-        let connection = ClientConnection::new(Arc::clone(&self.config), name).map_err(unusable)?;
-        halves::shake_hands(connection.into(), reading, writing, |_| Ok(()))
+        let config = Arc::clone(&self.config);
+        let side = UnbufferedClientConnection::new(config, name).map_err(unusable)?;
+        shaking::shake_hands(side, reading, writing, |_| Ok(()))
     }
 }
 
@@ -156,6 +158,8 @@ impl ServerTls {
         config.ignore_client_order = true;
         // Nobody comes back to an NBD server often enough to save a handshake.
         config.send_tls13_tickets = 0;
+        // Each direction encrypts by itself once the handshake is over.
+        config.enable_secret_extraction = true;
         Ok(Self { config: Arc::new(config), verifies: verify_clients, rule: None })
     }
 
@@ -198,9 +202,10 @@ impl ServerTls {
         reading: R,
         writing: W,
     ) -> Result<(TlsReading<R>, TlsWriting<W>)> {
-        let connection = ServerConnection::new(Arc::clone(&self.config)).map_err(unusable)?;
+        let config = Arc::clone(&self.config);
+        let side = UnbufferedServerConnection::new(config).map_err(unusable)?;
         let admit = |certificates: &[CertificateDer<'_>]| self.admit(certificates);
-        halves::shake_hands(connection.into(), reading, writing, admit)
+        shaking::shake_hands(side, reading, writing, admit)
     }
 }
 
