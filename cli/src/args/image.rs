@@ -106,8 +106,8 @@ pub(crate) struct Naming {
     #[arg(long, value_name = "OBJDEF", allow_hyphen_values = true)]
     pub(crate) object: Vec<String>,
     /// Let images open what lies below this folder: data files, extents, anything that is
-    /// not simply a parent. Can be repeated
-    #[arg(long, value_name = "DIR")]
+    /// not simply a parent; or let them be based on the export with this URI. Can be repeated
+    #[arg(long, value_name = "DIR|URI")]
     pub(crate) allow_path: Vec<PathBuf>,
 }
 

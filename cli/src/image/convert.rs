@@ -188,7 +188,12 @@ impl Job<'_> {
         };
         let wished = wish.plan_for_copy(self.console).map_err(named)?;
         let Place::File(path) = wished.spec.place.clone() else {
-            return Err(named(Failure::usage("a new image can only be made in a file")));
+            if args.resume {
+                return Err(named(Failure::usage("only a copy into a file can be resumed")));
+            }
+            // An export is there already, and only becomes an image.
+            wished.carry_out(self.console).map_err(named)?;
+            return self.onto(target, progress);
         };
         for source in self.sources {
             source.refuse_as_target(&path).map_err(named)?;

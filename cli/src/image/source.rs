@@ -244,10 +244,18 @@ impl<'a> Opening<'a> {
             )));
         }
         let opened = tranship_formats::open_spec(&spec, &options).map_err(|error| {
-            let is_busy = error.kind() == ErrorKind::Busy;
+            let kind = error.kind();
             let failure = failed(Failure::from(error));
-            let hint = format!("Is another process using the image [{shown}]?");
-            if is_busy { failure.hint(hint) } else { failure }
+            match kind {
+                ErrorKind::Busy if spec.path().is_some() => {
+                    failure.hint(format!("Is another process using the image [{shown}]?"))
+                }
+                ErrorKind::Denied => failure.hint(
+                    "--allow-path DIR lets images open what lies below DIR, and --allow-path \
+                     URI what they ask a server for",
+                ),
+                _ => failure,
+            }
         })?;
         let is_guess = spec.format.is_none() && format.is_none() && opened.format == Format::Raw;
         if is_guess && self.writable {

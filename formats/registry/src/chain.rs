@@ -15,7 +15,7 @@ use tranship_block::{
     BlockDevice, DiskMeter, Error, ErrorKind, Gate, MemoryDevice, Request, Result, Slice, Span,
     Storage,
 };
-use tranship_nbd::{ClientOptions, Remote, Retry};
+use tranship_nbd::{ClientOptions, Remote, Retry, Uri};
 use tranship_raw::{Access, ImageLock, RawFile};
 use tranship_tar::is_tar;
 
@@ -56,7 +56,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Where parents may be.
     pub trust: Trust,
-    /// Folders, besides the image's own, in which images may ask for files.
+    /// Folders, besides the image's own, in which images may ask for files, and URIs of
+    /// exports that an image may be based on.
     pub allowed: Vec<PathBuf>,
     /// Guess the format of a backing file for which the image gives none. A guess of raw
     /// is refused even so, since it may be wrong in both directions.
@@ -223,7 +224,12 @@ impl<'a> Walk<'a> {
             None => self.first_format(&file, path)?,
         };
         let storage = storage.filter(|_| !read_only);
-        let place = Place::Folder(FolderGate::beside(path, &self.options.allowed));
+        let allowed = &self.options.allowed;
+        let place = Place::Folder(match spec.path() {
+            Some(_) => FolderGate::beside(path, allowed),
+            // The folders in a URI are none of this host's.
+            None => FolderGate::nowhere(allowed),
+        });
         let (file, storage) = match spec.slice {
             None => (file, storage),
             Some(slice) => (part_of(file, slice, path)?, None),
@@ -354,6 +360,11 @@ impl<'a> Walk<'a> {
         place: &Place<'_>,
     ) -> Result<Disk> {
         let format = wanted.format;
+        // Which servers are asked, its user decides alone, who has named this one.
+        if Uri::is_like(name) && self.options.allowed.iter().any(|word| word.as_os_str() == name) {
+            let format = format.ok_or_else(|| no_format(name, "on a server it is not guessed"))?;
+            return self.named(&Spec::from_name(name)?.or_format(Some(format)), true, None);
+        }
         if format.is_none() && !self.options.guess_backing {
             return Err(no_format(name, "it has to be given, since guessing it is unsafe"));
         }
@@ -416,7 +427,8 @@ pub(crate) fn cached(file: RawFile, direct: bool) -> Result<RawFile> {
     if direct { file.into_direct() } else { Ok(file) }
 }
 
-fn connect(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<Remote> {
+/// The export at `address`.
+pub(crate) fn connect(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<Remote> {
     let uri = &address.uri;
     let options = ClientOptions {
         export: uri.export.clone(),

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Making new images, empty or to be filled.
 
+use crate::chain::connect;
 use crate::files::Beside;
 use crate::replacing::{Replacing, WhenEmpty};
 use crate::unflushed::Unflushed;
-use crate::{FolderGate, Format, Place, Spec};
+use crate::{FolderGate, Format, NbdAddress, Place, Secrets, Spec};
 use std::path::Path;
 use std::sync::Arc;
-use tranship_block::{BlockDevice, DiskMeter, Error, PackedTarget, Result, Storage};
+use tranship_block::{BlockDevice, DiskMeter, Error, PackedTarget, Result, Span, Storage, Zeroing};
 use tranship_qcow2::Qcow2;
 use tranship_raw::{Access, ImageLock, Preallocation, RawFile};
 use tranship_vhdx::Vhdx;
@@ -48,8 +49,8 @@ impl Create {
     }
 }
 
-/// Makes an image in the file that `spec` names; what was in the file is lost. A regular
-/// file is shown to `when_empty` before anything is in it.
+/// Makes an image in the file that `spec` names, or on its export; what was there is lost. A
+/// regular file is shown to `when_empty` before anything is in it.
 ///
 /// # Errors
 ///
@@ -57,8 +58,15 @@ impl Create {
 /// holds then. What writing reports: what is there then cannot be opened. A file that was
 /// not there before is removed.
 pub fn create(spec: &Spec, what: &Create, when_empty: Option<WhenEmpty>) -> Result<()> {
-    let Place::File(path) = &spec.place else {
-        return Err(Error::unsupported(format!("{} is no file to make an image in", spec.name)));
+    let path = match &spec.place {
+        Place::File(path) => path,
+        Place::Nbd(address) => {
+            return create_on_export(address, what).map_err(|error| error.in_file(&spec.name));
+        }
+        Place::Null { .. } => {
+            let name = &spec.name;
+            return Err(Error::unsupported(format!("{name} is no file to make an image in")));
+        }
     };
     let file = Arc::new(Replacing::begin(path, when_empty)?);
     let made = if let Create::Raw { size, preallocation } = what {
@@ -71,6 +79,26 @@ pub fn create(spec: &Spec, what: &Create, when_empty: Option<WhenEmpty>) -> Resu
         file.give_up();
     }
     made.map_err(|error| error.in_file(path))
+}
+
+/// Makes an image on an export, which has to be long enough: it keeps its size, and what it
+/// has where the image has nothing.
+fn create_on_export(address: &NbdAddress, what: &Create) -> Result<()> {
+    if !matches!(what, Create::Raw { .. } | Create::Qcow2(_)) {
+        let format = what.format();
+        return Err(Error::unsupported(format!("{format} images are made in files alone")));
+    }
+    let storage: Arc<dyn Storage> = Arc::new(connect(address, false, &Secrets::default())?);
+    if storage.is_read_only() {
+        return Err(Error::usage("the NBD export is read-only"));
+    }
+    if matches!(what, Create::Raw { .. }) {
+        // As QEMU does it: the disk is not to be taken for the image that was there before.
+        let start = Span::new(0, storage.size().min(512));
+        storage.write_zeroes(start, Zeroing::KeepAllocated)?;
+    }
+    create_in(&storage, Path::new(""), what)?;
+    storage.flush()
 }
 
 fn create_in(storage: &Arc<dyn Storage>, path: &Path, what: &Create) -> Result<()> {

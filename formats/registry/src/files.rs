@@ -66,7 +66,10 @@ impl ExtentFiles for Beside {
         if name.is_empty() || name.contains('/') {
             return Err(Error::usage(format!("{name:?} is no name for a part of a disk")));
         }
-        let path = self.gate.folder.join(name);
+        let folder = self.gate.folder.as_ref().ok_or_else(|| {
+            Error::usage(format!("the disk is in no folder, where {name:?} could be made"))
+        })?;
+        let path = folder.join(name);
         if self.replace {
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -17,8 +17,9 @@ use tranship_raw::{Access, RawFile};
 /// nobody can move a link into place between a check and its use.
 #[derive(Clone, Debug)]
 pub struct FolderGate {
-    /// The folder of the image, which relative names start from.
-    pub folder: PathBuf,
+    /// The folder of the image, which relative names start from; an image that is in no
+    /// folder, such as one on a server, has none.
+    pub folder: Option<PathBuf>,
     /// Folders in which absolute names and names with `..` may end as well.
     pub allowed: Vec<PathBuf>,
 }
@@ -30,7 +31,22 @@ impl FolderGate {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        Self { folder: folder.to_owned(), allowed: allowed.to_vec() }
+        Self { folder: Some(folder.to_owned()), allowed: allowed.to_vec() }
+    }
+
+    /// The gate for an image that is in no folder: absolute names alone can be allowed.
+    pub fn nowhere(allowed: &[PathBuf]) -> Self {
+        Self { folder: None, allowed: allowed.to_vec() }
+    }
+
+    /// The path that a name means.
+    fn whole(&self, request: Request<'_>) -> Result<PathBuf> {
+        let name = Path::new(request.name);
+        match &self.folder {
+            Some(folder) => Ok(folder.join(name)),
+            None if name.is_absolute() => Ok(name.to_owned()),
+            None => Err(denied(request, "is relative, and the image is in no folder")),
+        }
     }
 
     /// Opens what `request` names as a file, whose path tells where it was found.
@@ -41,10 +57,13 @@ impl FolderGate {
     pub fn open_file(&self, request: Request<'_>) -> Result<RawFile> {
         check_name(request)?;
         let name = Path::new(request.name);
-        let whole = self.folder.join(name);
+        let whole = self.whole(request)?;
         let is_plain =
             name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        let found = if is_plain { beneath(&self.folder, name, request)? } else { None };
+        let found = match &self.folder {
+            Some(folder) if is_plain => beneath(folder, name, request)?,
+            _ => None,
+        };
         let file = match found {
             Some(file) => file,
             None => self.in_allowed(&whole, request)?,
@@ -65,7 +84,7 @@ impl FolderGate {
     /// [`ErrorKind::Denied`] for anything else, and for names that look like a protocol.
     pub fn open_parent(&self, request: Request<'_>) -> Result<RawFile> {
         check_name(request)?;
-        let whole = self.folder.join(request.name);
+        let whole = self.whole(request)?;
         RawFile::open(&whole, access(request)).map_err(|error| match error.kind() {
             ErrorKind::Unsupported => {
                 denied(request, "is neither a regular file nor a block device").because(error)

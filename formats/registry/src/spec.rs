@@ -123,6 +123,19 @@ impl Spec {
         Self::at(path.display().to_string(), Place::File(path.to_owned()))
     }
 
+    /// The disk that `word` means where files are expected: a URI of NBD, or else the file of
+    /// this name, whatever it looks like.
+    ///
+    /// # Errors
+    ///
+    /// [`tranship_block::ErrorKind::Usage`] for a URI that cannot be read.
+    pub fn from_word(word: &Path) -> Result<Self> {
+        match word.to_str() {
+            Some(text) if Uri::is_like(text) => Self::from_name(text),
+            _ => Ok(Self::from_path(word)),
+        }
+    }
+
     fn at(name: String, place: Place) -> Self {
         Self {
             name,

@@ -141,8 +141,9 @@ pub(crate) struct ConvertArgs {
     /// What options refer to: secret,id=ID,data=TEXT or secret,id=ID,file=FILE. Can be repeated
     #[arg(long, value_name = "OBJDEF", allow_hyphen_values = true)]
     pub(crate) object: Vec<String>,
-    /// Let the sources open what lies below this folder. Can be repeated
-    #[arg(long, value_name = "DIR")]
+    /// Let the sources open what lies below this folder, or be based on the export with this
+    /// URI. Can be repeated
+    #[arg(long, value_name = "DIR|URI")]
     pub(crate) allow_path: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) metering: MeteringArgs,
