@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tranship_appliance::Drive;
 use tranship_block::{BlockDevice, Meter, Storage};
-use tranship_formats::{Format, OpenOptions};
+use tranship_formats::{Format, OpenOptions, Spec};
 use tranship_qcow2::{CreateOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
 
@@ -30,7 +30,7 @@ pub(crate) enum Use {
     Read,
 }
 
-/// Opens the image at `path`; its format is guessed if it is not named. What is
+/// Opens the image at `path`, a file or a URI of NBD; its format is guessed if it is not named. What is
 /// thrown away is not counted by `meter`.
 pub(crate) fn open(
     path: &Path,
@@ -42,7 +42,7 @@ pub(crate) fn open(
     let read_only = usage != Use::Write;
     let meter = meter.disk("image", &path.to_string_lossy());
     let options = OpenOptions { format, read_only, meter, ..OpenOptions::default() };
-    let opened = tranship_formats::open(path, &options)?;
+    let opened = tranship_formats::open_spec(&Spec::from_word(path)?, &options)?;
     let drive = match usage {
         Use::Write => Drive { device: opened.device, read_only: false, durable: true },
         Use::Read => Drive { device: opened.device, read_only: true, durable: false },

@@ -219,3 +219,78 @@ fn a_dry_run_names_the_changes_and_leaves_nothing() {
     assert!(names(&place.path("out")).is_empty());
     assert!(place.left_behind().is_empty(), "{:?}", place.left_behind());
 }
+
+/// Starts a server of `words` at `socket`, and gives the URI of its export.
+fn remote(
+    place: &Place,
+    program: &str,
+    words: &[&str],
+    socket: &str,
+) -> (support::Running, String) {
+    let mut command = std::process::Command::new(program);
+    command.args(words).env("LC_ALL", "C").stdin(std::process::Stdio::null());
+    let path = place.path(socket);
+    let mut server = place.start(command);
+    server.until("a socket", SHORT, || std::os::unix::net::UnixStream::connect(&path).is_ok());
+    (server, format!("nbd+unix:///?socket={}", path.display()))
+}
+
+#[test]
+fn a_disk_on_a_server_is_inspected_and_converted_as_it_is() {
+    let (Some(place), Some(fixture)) = (Place::new(), guest()) else { return };
+    if !["nbdkit", "qemu-img"].iter().all(|program| installed(program)) {
+        return;
+    }
+    let raw = fixture.join("guest.raw");
+    let socket = place.text("far.sock");
+    let words = ["-f", "-r", "-U", &socket, "file", raw.to_str().unwrap()];
+    let (server, uri) = remote(&place, "nbdkit", &words, "far.sock");
+    let words = ["shell", "--ro", "-a", &uri, "-i", "inspect-get-hostname", "/dev/sda1"];
+    assert_eq!(place.run(&words, APPLIANCE).ended_with(0).stdout, "fixture\n");
+
+    let words = ["convert", "-i", "disk", &uri, "-o", "local", "-os", &place.text("out")];
+    let words = [&words[..], &["-of", "qcow2", "-on", "moved"]].concat();
+    place.run(&words, APPLIANCE).ended_with(0);
+    let again = place.run(&words, SHORT).ended_with(0);
+    again.saying("an earlier run has done all of this");
+    drop(server);
+    let disk = place.text("out/moved-sda");
+    host("qemu-img", &["check", "-q", "-f", "qcow2", &disk]);
+    let plain = place.text("plain");
+    host("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &disk, &plain]);
+    if installed("e2fsck") {
+        host("e2fsck", &["-f", "-n", &format!("{plain}?offset={PARTITION}")]);
+    }
+    the_guest_was_converted(&place, &disk);
+}
+
+fn the_guest_was_converted(place: &Place, disk: &str) {
+    let words = ["shell", "--ro", "-a", disk, "-i", "cat", "/etc/fstab"];
+    let shell = place.run(&words, APPLIANCE).ended_with(0);
+    assert!(!shell.stdout.contains("/dev/sd"), "{}", shell.stdout);
+}
+
+#[test]
+fn a_disk_on_a_server_is_changed_where_it_is() {
+    let (Some(place), Some(fixture)) = (Place::new(), guest()) else { return };
+    if !["qemu-nbd", "qemu-img"].iter().all(|program| installed(program)) {
+        return;
+    }
+    let (raw, disk) = (fixture.join("guest.raw"), place.text("disk"));
+    let base = raw.to_str().unwrap();
+    host("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, &disk]);
+    let socket = place.text("far.sock");
+    let words = ["-t", "-e", "4", "-f", "qcow2", "-k", &socket, &disk];
+    let (server, uri) = remote(&place, "qemu-nbd", &words, "far.sock");
+    let run = |words: &[&str]| {
+        let words = [&["shell", "--format=raw", "-a", &uri], words].concat();
+        place.run(&words, APPLIANCE).ended_with(0).stdout
+    };
+    run(&["-m", "/dev/sda1", "write", "/etc/far", "changed"]);
+    // What is only looked at stays as it is.
+    run(&["--ro", "-m", "/dev/sda1", "write", "/etc/far", "nothing"]);
+    assert_eq!(run(&["--ro", "-m", "/dev/sda1", "cat", "/etc/far"]), "changed\n");
+    server.signal(rustix::process::Signal::TERM);
+    server.wait(SHORT).ended_with(0);
+    host("qemu-img", &["check", "-q", "-f", "qcow2", &disk]);
+}

@@ -15,7 +15,8 @@ use tranship_convert::{InitramfsMode, Input, Key, NetworkRule, Request, RootChoi
 #[allow(clippy::struct_excessive_bools)]
 #[derive(Debug, Args)]
 pub(crate) struct ConvertArgs {
-    /// The guest: an OVA, an OVF or its folder, a .vmx file, or disk images
+    /// The guest: an OVA, an OVF or its folder, a .vmx file, or disk images, which may also
+    /// be URIs of NBD servers
     #[arg(value_name = "SOURCE")]
     sources: Vec<PathBuf>,
 
@@ -286,6 +287,9 @@ impl ConvertArgs {
 
 /// What a source is, by its name and kind.
 fn guess(path: &Path) -> InputMode {
+    if path.to_str().is_some_and(tranship_nbd::Uri::is_like) {
+        return InputMode::Disk;
+    }
     let ending = path.extension().map(std::ffi::OsStr::to_ascii_lowercase).unwrap_or_default();
     match ending.to_str() {
         Some("vmx") => InputMode::Vmx,

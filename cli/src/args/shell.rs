@@ -15,8 +15,8 @@ pub(crate) struct ShellArgs {
     /// input
     #[arg(value_name = "COMMAND")]
     pub(crate) words: Vec<OsString>,
-    /// Add a disk. Can be repeated
-    #[arg(short, long, value_name = "FILE")]
+    /// Add a disk, in a file or by the URI of an NBD server. Can be repeated
+    #[arg(short, long, value_name = "FILE|URI")]
     add: Vec<PathBuf>,
     /// Format of the disks that follow; without a value they are looked at again
     #[arg(long, value_name = "FORMAT", num_args = 0..=1, require_equals = true,

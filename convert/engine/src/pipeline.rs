@@ -310,7 +310,7 @@ fn warn_of_source(source: &Source, reporter: &dyn Reporter) {
 }
 
 /// Everything that makes two runs the same: the request, and size and time of the inputs.
-fn fingerprint(request: &Request, source: &Source, name: &str) -> String {
+fn fingerprint(request: &Request, source: &Source, name: &str) -> Result<String> {
     let mut text = format!(
         "{:?}\n{}\n{:?} {}\n{:?}\n{:?}\n{}\n{:?}\n{name}\n",
         request.input,
@@ -326,12 +326,35 @@ fn fingerprint(request: &Request, source: &Source, name: &str) -> String {
         let path = match &disk.location {
             Location::File { path } => path,
             Location::Member { archive, .. } => archive,
+            Location::Export { .. } => {
+                let _ = writeln!(
+                    text,
+                    "{}",
+                    start_of(&*disk.open().map_err(|error| {
+                        from_source(format!("opening disk {}", disk.name), error)
+                    })?)?
+                );
+                continue;
+            }
         };
         if let Ok(metadata) = std::fs::metadata(path) {
             let _ = writeln!(text, "{} {:?}", metadata.len(), metadata.modified().ok());
         }
     }
-    Sha256::digest(text).iter().fold(String::new(), |mut hex, byte| {
+    Ok(hex(&Sha256::digest(text)))
+}
+
+/// Size and beginning of a disk that has no time of its own. Partition tables and the first
+/// filesystem are there, which notes when it was mounted and written.
+fn start_of(disk: &dyn BlockDevice) -> Result<String> {
+    let mut start = vec![0; usize::try_from(disk.size().min(4 << 20)).unwrap_or(0)];
+    disk.read_at(&mut start, 0)
+        .map_err(|error| from_block("reading the start of the disk".to_owned(), error, true))?;
+    Ok(format!("{} {}", disk.size(), hex(&Sha256::digest(start))))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut hex, byte| {
         let _ = write!(hex, "{byte:02x}");
         hex
     })
@@ -364,7 +387,7 @@ fn carry_out(request: &Request, reporter: &dyn Reporter, cancel: &CancelToken) -
     let source = steps.run("source.read", "reading the source", || read_source(&request.input))?;
     let name = guest_name(request, &source)?;
     reporter.report(&Event::info("run.guest", format!("guest {name}")).with("guest", &name));
-    let fingerprint = fingerprint(request, &source, &name);
+    let fingerprint = fingerprint(request, &source, &name)?;
     let names = target_names(&name, source.disks.len());
     let xml = request.folder.join(format!("{name}.xml"));
     let disks: Vec<PathBuf> = names.iter().map(|disk| request.folder.join(disk)).collect();

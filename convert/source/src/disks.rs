@@ -8,13 +8,20 @@ use crate::{
 };
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+use tranship_formats::{Place, Spec};
 
 const MEMORY: u64 = 2048 << 20;
 /// What is cut off a file's name to get the guest's; `-sda` is how converted disks are
 /// called.
 const SUFFIXES: [&str; 7] = [".img", ".ova", ".qcow2", ".raw", ".vmdk", ".vmx", "-sda"];
 
-/// A guest of the disk images at `paths`, in this order, of `format` or probed.
+/// For how long a server that was lost is looked for. A conversion takes minutes, and what
+/// it reads is not written by anybody.
+const RECONNECT: Duration = Duration::from_mins(1);
+
+/// A guest of the disk images at `paths`, in this order, of `format` or probed. A path may
+/// be a URI of an NBD server's export.
 ///
 /// # Errors
 ///
@@ -58,6 +65,14 @@ fn open_disk(
     format: Option<&str>,
     warnings: &mut Vec<String>,
 ) -> Result<SourceDisk> {
+    let mut spec = Spec::from_word(path)
+        .map_err(|error| Error::disk("cannot read the name of the disk", error))?;
+    if let Place::Nbd(address) = &mut spec.place {
+        address.reconnect = RECONNECT;
+        let location = Location::Export { uri: spec.name.clone() };
+        let name = spec.name.clone();
+        return disk_of(index, &name, Files::Export(Box::new(spec)), location, format, warnings);
+    }
     // The user named the path, so that a link is followed; its target's folder is the place
     // that the image may look around in.
     let path = path.canonicalize().map_err(|error| {
@@ -68,6 +83,18 @@ fn open_disk(
         Error::new(ErrorKind::Usage, "the name of the disk is not UTF-8").in_file(&path)
     })?;
     let files = Files::beside(&path);
+    let location = Location::File { path: path.clone() };
+    disk_of(index, name, files, location, format, warnings)
+}
+
+fn disk_of(
+    index: usize,
+    name: &str,
+    files: Files,
+    location: Location,
+    format: Option<&str>,
+    warnings: &mut Vec<String>,
+) -> Result<SourceDisk> {
     let format = if let Some(format) = format {
         format.to_owned()
     } else {
@@ -83,14 +110,20 @@ fn open_disk(
         unit: None,
         format,
         name: name.to_owned(),
-        location: Location::File { path: path.clone() },
+        location,
         files: Arc::new(files),
     })
 }
 
-/// The file's name without one known suffix.
+/// The file's name without one known suffix; that of an export without the folders in it.
 pub(crate) fn guest_name(path: &Path) -> String {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let name = match Spec::from_word(path).map(|spec| spec.place) {
+        Ok(Place::Nbd(address)) => {
+            let name = address.uri.export.rsplit('/').next().unwrap_or_default().to_owned();
+            if name.is_empty() { "disk".to_owned() } else { name }
+        }
+        _ => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    };
     let cut = SUFFIXES.iter().find_map(|suffix| name.strip_suffix(suffix));
     cut.filter(|cut| !cut.is_empty()).unwrap_or(&name).to_owned()
 }
@@ -107,6 +140,9 @@ mod tests {
             ("web-sda.qcow2", "web-sda"),
             ("web.tar", "web.tar"),
             (".img", ".img"),
+            ("nbd://server/web.img", "web"),
+            ("nbd+unix:///a/web.vmdk?socket=/run/web.img", "web"),
+            ("nbd://server", "disk"),
         ] {
             assert_eq!(guest_name(Path::new(path)), name);
         }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The files that belong to a source: a folder or an archive. Nothing else is reachable.
+//! The files that belong to a source: those of a folder or an archive, or one export of a
+//! server. Nothing else is reachable.
 
 use crate::archive::Archive;
 use crate::{Error, ErrorKind, Location, Result};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use tranship_block::{BlockDevice, Gate, Request};
+use tranship_formats::{Format, OpenOptions, Spec};
 use tranship_raw::{Access, RawFile};
 
 /// A place that relative names are looked up in.
@@ -15,6 +17,8 @@ pub(crate) enum Files {
     Folder(PathBuf),
     /// An archive, and the folder inside of it that names are relative to.
     Archive(Archive, String),
+    /// One disk on a server, which has no other files.
+    Export(Box<Spec>),
 }
 
 impl Files {
@@ -26,8 +30,21 @@ impl Files {
 
     /// Opens the file called `name`, as plain bytes.
     pub(crate) fn open(&self, name: &str) -> Result<Arc<dyn BlockDevice>> {
-        check_name(name)?;
+        if !matches!(self, Self::Export(_)) {
+            check_name(name)?;
+        }
         match self {
+            Self::Export(spec) if spec.name == name => {
+                let options = OpenOptions {
+                    format: Some(Format::Raw),
+                    read_only: true,
+                    ..OpenOptions::default()
+                };
+                tranship_formats::open_spec(spec, &options)
+                    .map(|opened| opened.device)
+                    .map_err(|error| Error::disk(format!("cannot open {name:?}"), error))
+            }
+            Self::Export(spec) => Err(no_other(spec, name)),
             Self::Folder(folder) => {
                 let path = inside(folder, name)?;
                 let file = RawFile::open(&path, Access::ReadOnly)
@@ -42,6 +59,7 @@ impl Files {
     pub(crate) fn locate(&self, name: &str) -> Result<Location> {
         check_name(name)?;
         match self {
+            Self::Export(spec) => Err(no_other(spec, name)),
             Self::Folder(folder) => Ok(Location::File { path: inside(folder, name)? }),
             Self::Archive(archive, base) => archive.locate(&format!("{base}{name}")),
         }
@@ -63,6 +81,13 @@ impl Gate for Files {
             tranship_block::Error::new(kind, message).because(error)
         })
     }
+}
+
+fn no_other(spec: &Spec, name: &str) -> Error {
+    Error::denied(format!(
+        "{} asks for {name:?}, and a disk on a server has no other files",
+        spec.name
+    ))
 }
 
 /// Refuses names that lead out of the place that they are looked up in.

@@ -191,6 +191,11 @@ pub enum Location {
         /// Bytes of data.
         len: u64,
     },
+    /// An export of an NBD server.
+    Export {
+        /// Its URI.
+        uri: String,
+    },
 }
 
 /// A fixed disk.
