@@ -103,9 +103,9 @@ pub(crate) struct ServeArgs {
     /// be repeated
     #[arg(long, value_name = "OBJDEF", allow_hyphen_values = true, help_heading = OPENING)]
     pub(crate) object: Vec<String>,
-    /// Let images open what lies below this folder. Without it an image gets nothing but
-    /// files of its own folder. Can be repeated
-    #[arg(long, value_name = "DIR", help_heading = OPENING)]
+    /// Let images open what lies below this folder, or be based on the export with this URI.
+    /// Without it an image gets nothing but files of its own folder. Can be repeated
+    #[arg(long, value_name = "DIR|URI", help_heading = OPENING)]
     pub(crate) allow_path: Vec<PathBuf>,
     /// Serve what is there of a damaged image, and zeroes for the rest; with -r or -s
     #[arg(long, help_heading = OPENING)]

@@ -34,6 +34,8 @@ pub(super) struct Offered {
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) read_only: bool,
     pub(super) bitmaps: Vec<ExportedBitmap>,
+    /// Layers that hide what is below them.
+    pub(super) whole_layers: Vec<u32>,
 }
 
 /// A bitmap as it was when the disk was opened.
@@ -51,6 +53,14 @@ impl DirtyBitmap for Kept {
             known => Ok(known),
         }
     }
+}
+
+/// The layers that have every byte, counted from `above`: QEMU asks no further where its
+/// driver of a format knows no backing file.
+fn whole_layers(opened: &Opened, above: u32) -> Vec<u32> {
+    let is_whole = |format| matches!(format, Format::Raw | Format::Vpc | Format::Vdi);
+    let layers = opened.layers.iter().zip(above..);
+    layers.filter(|(layer, _)| is_whole(layer.format)).map(|(_, number)| number).collect()
 }
 
 impl Opening<'_> {
@@ -82,6 +92,8 @@ impl Opening<'_> {
             name: named.export.clone(),
             description: args.description.clone().unwrap_or_default(),
             bitmaps,
+            // A temporary overlay is one more layer.
+            whole_layers: whole_layers(&source.opened, u32::from(args.snapshot && !is_kept)),
             read_only: is_kept || device.is_read_only(),
             device: self.part(device)?,
         })
@@ -120,12 +132,13 @@ impl Opening<'_> {
             let kind = error.kind();
             let failure = failed(Failure::from(error));
             match kind {
-                ErrorKind::Busy => {
+                ErrorKind::Busy if spec.path().is_some() => {
                     failure.hint(format!("Is another process using the image [{shown}]?"))
                 }
-                ErrorKind::Denied => {
-                    failure.hint("--allow-path DIR lets images open what lies below DIR")
-                }
+                ErrorKind::Denied => failure.hint(
+                    "--allow-path DIR lets images open what lies below DIR, and --allow-path \
+                     URI what they ask a server for",
+                ),
                 _ => failure,
             }
         })?;

@@ -64,6 +64,7 @@ impl Serving {
             // One client at a time is no promise to several.
             shared: settings.clients != Some(1),
             depth: settings.depth,
+            whole_layers: disk.whole_layers,
             bitmaps: disk.bitmaps,
             ..Export::new(disk.name, disk.device)
         });

@@ -76,11 +76,13 @@ impl Context {
         }
         let extent = export.device.extent_at(offset)?;
         let flags = match (self, extent.kind) {
-            (Self::Depth, ExtentKind::Hole) => 0,
+            (Self::Depth, ExtentKind::Hole) if !export.whole_layers.contains(&extent.depth) => 0,
             (Self::Depth, _) => u64::from(extent.depth).saturating_add(1),
             (_, ExtentKind::Data) => 0,
-            (_, ExtentKind::Zero) => u64::from(allocation::ZERO),
-            (_, ExtentKind::Hole) => u64::from(allocation::HOLE | allocation::ZERO),
+            // What an image marks as zero has no storage that could be counted on.
+            (_, ExtentKind::Zero | ExtentKind::Hole) => {
+                u64::from(allocation::HOLE | allocation::ZERO)
+            }
         };
         Ok((flags, extent.len))
     }
@@ -141,6 +143,8 @@ mod tests {
         assert_eq!(Context::Bitmap(0).at(&export, 7).unwrap(), (1, 1));
         assert_eq!(Context::Bitmap(0).at(&export, 8).unwrap(), (0, 1));
         assert_eq!(Context::Depth.at(&export, 0).unwrap(), (0, 4096));
+        let raw = Export { whole_layers: vec![0], ..export.clone() };
+        assert_eq!(Context::Depth.at(&raw, 0).unwrap(), (1, 4096));
         assert_eq!(Context::Allocation.at(&export, 0).unwrap(), (3, 4096));
         assert!(Context::Bitmap(2).at(&export, 0).is_err());
     }

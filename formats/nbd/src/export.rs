@@ -28,6 +28,9 @@ pub struct Export {
     /// Offers the context `qemu:allocation-depth`: from which layer of a chain of images
     /// the bytes come.
     pub depth: bool,
+    /// Layers, from 0 for the first, that have every byte of the disk themselves, holes too:
+    /// a raw disk hides what is below it.
+    pub whole_layers: Vec<u32>,
     /// Offered as contexts `qemu:dirty-bitmap:NAME`.
     pub bitmaps: Vec<ExportedBitmap>,
 }
@@ -42,6 +45,7 @@ impl Export {
             read_only: false,
             shared: true,
             depth: false,
+            whole_layers: Vec::new(),
             bitmaps: Vec::new(),
         }
     }

@@ -2,7 +2,7 @@
 //! What one client may cost, and the budget that holds it to that.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::available_parallelism;
 use std::time::Duration;
@@ -30,7 +30,8 @@ pub struct Limits {
     /// Bytes of payload in memory for one connection.
     pub connection_bytes: u64,
     /// Bytes of payload in memory for the whole server. Half of it is divided evenly
-    /// among the connections, so that none can take everything from the others.
+    /// among the connections, and of the other half none can take more than it leaves, so
+    /// that none, and not even many together, can take everything from the others.
     pub server_bytes: u64,
     /// How long a client may send nothing in the middle of a request before it is cut off.
     pub receive_stall: Duration,
@@ -69,6 +70,8 @@ pub(crate) struct Budget {
     whole: u64,
     free: Mutex<u64>,
     returned: Condvar,
+    /// Bytes that its owner has from a budget that is shared.
+    lent: AtomicU64,
 }
 
 /// Bytes taken from a [`Budget`]; they return when this is dropped.
@@ -76,11 +79,14 @@ pub(crate) struct Budget {
 pub(crate) struct Taken<'a> {
     budget: &'a Budget,
     bytes: u64,
+    /// Whoever has them besides their own.
+    borrower: Option<&'a Budget>,
 }
 
 impl Budget {
     pub(crate) fn new(whole: u64) -> Self {
-        Self { whole, free: Mutex::new(whole), returned: Condvar::new() }
+        let free = Mutex::new(whole);
+        Self { whole, free, returned: Condvar::new(), lent: AtomicU64::new(0) }
     }
 
     /// Takes `bytes`, waiting until they are there; never more than the whole budget.
@@ -92,14 +98,34 @@ impl Budget {
             .wait_while(free, |free| *free < bytes)
             .unwrap_or_else(PoisonError::into_inner);
         *free = free.saturating_sub(bytes);
-        Taken { budget: self, bytes }
+        Taken { budget: self, bytes, borrower: None }
+    }
+
+    /// Takes `bytes` for `borrower`, waiting until as much as it has then is still left.
+    ///
+    /// However many there are that take what they can and give nothing back, something is
+    /// left for whoever comes next: of `n` of them each gets about one part of `n + 1`.
+    fn lend<'a>(&'a self, bytes: u64, borrower: &'a Budget) -> Taken<'a> {
+        // Whoever has nothing gets it at the latest when everything is back.
+        let bytes = bytes.min(self.whole.div_euclid(2));
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self
+            .returned
+            .wait_while(free, |free| {
+                let lent = borrower.lent.load(Ordering::Relaxed);
+                *free < bytes.saturating_mul(2).saturating_add(lent)
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        *free = free.saturating_sub(bytes);
+        borrower.lent.fetch_add(bytes, Ordering::Relaxed);
+        Taken { budget: self, bytes, borrower: Some(borrower) }
     }
 
     /// Takes `bytes` if they are there now.
     fn try_take(&self, bytes: u64) -> Option<Taken<'_>> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         *free = free.checked_sub(bytes)?;
-        Some(Taken { budget: self, bytes })
+        Some(Taken { budget: self, bytes, borrower: None })
     }
 }
 
@@ -161,7 +187,8 @@ impl<'a> Purse<'a> {
     pub(crate) fn take(&self, bytes: u64) -> Option<[Taken<'_>; 2]> {
         (bytes > 0).then(|| {
             let whole = self.whole.take(bytes);
-            let server = self.share.try_take(bytes).unwrap_or_else(|| self.pool.common.take(bytes));
+            let common = || self.pool.common.lend(bytes, &self.share);
+            let server = self.share.try_take(bytes).unwrap_or_else(common);
             [whole, server]
         })
     }
@@ -177,6 +204,9 @@ impl Drop for Taken<'_> {
     fn drop(&mut self) {
         let mut free = self.budget.free.lock().unwrap_or_else(PoisonError::into_inner);
         *free = free.saturating_add(self.bytes);
+        if let Some(borrower) = self.borrower {
+            borrower.lent.fetch_sub(self.bytes, Ordering::Relaxed);
+        }
         drop(free);
         self.budget.returned.notify_all();
     }
@@ -211,8 +241,8 @@ mod tests {
         let pool = Pool::new(&limits);
         let greedy = Purse::new(&limits, &pool);
         let modest = Purse::new(&limits, &pool);
-        let all: Vec<_> = (0..5).map(|_| greedy.take(100).unwrap()).collect();
-        assert_eq!(*pool.common.free.lock().unwrap(), 0);
+        let all: Vec<_> = (0..3).map(|_| greedy.take(100).unwrap()).collect();
+        assert_eq!(*pool.common.free.lock().unwrap(), 200);
         drop(modest.take(60));
         drop(modest.take(100));
         assert!(modest.take(0).is_none());
