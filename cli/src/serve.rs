@@ -25,8 +25,10 @@ use command::Running;
 use disk::Opening;
 use encryption::Encryption;
 use listening::Serving;
+use rustix::fs::FlockOperation;
 use settings::Settings;
 use statistics::Telling;
+use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -57,9 +59,7 @@ fn serve(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
     // From here on a signal ends the work in order.
     let mut watch = Watch::start()?;
     let serving = Serving::start(&settings, encryption, inherited, exports)?;
-    if let Some(path) = &args.pid_file {
-        write_number(path)?;
-    }
+    let _number = args.pid_file.as_deref().map(write_number).transpose()?;
     announce(&serving)?;
     if args.fork {
         background::ready()?;
@@ -80,16 +80,25 @@ fn serve(personality: Personality, args: &ServeArgs) -> Result<u8, Failure> {
     }
 }
 
-/// Writes the number of this process to a file that stays, as qemu-nbd does.
-fn write_number(path: &Path) -> Result<(), Failure> {
-    let failed = |error: std::io::Error| {
-        Failure::usage(format!("cannot create PID file: Cannot open pid file {}", path.display()))
+/// Writes the number of this process to a file that stays, as qemu-nbd does. It is locked
+/// until it is closed, so that it cannot become the file of another server meanwhile.
+fn write_number(path: &Path) -> Result<File, Failure> {
+    let failed = |what: &str, error: std::io::Error| {
+        Failure::usage(format!("cannot create PID file: Cannot {what} pid file {}", path.display()))
             .because(&error)
     };
-    let mut options = std::fs::File::options();
-    let mut file =
-        options.write(true).create(true).truncate(true).mode(0o600).open(path).map_err(failed)?;
-    writeln!(file, "{}", std::process::id()).map_err(failed)
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(|error| failed("open", error))?;
+    rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| failed("lock", error.into()))?;
+    file.set_len(0).map_err(|error| failed("truncate", error))?;
+    writeln!(file, "{}", std::process::id()).map_err(|error| failed("write", error))?;
+    Ok(file)
 }
 
 /// Says where clients connect, if they could not know.

@@ -3,7 +3,7 @@
 
 use super::background;
 use crate::failure::Failure;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The number of the first socket.
 const FIRST: RawFd = 3;
@@ -21,14 +21,16 @@ pub(super) fn take() -> Result<Vec<OwnedFd>, Failure> {
     )?;
     let mut taken = Vec::new();
     for number in numbers {
-        // SAFETY: whoever set these variables has left the descriptors to this process, and
-        // nothing else here knows their numbers: they are taken once, before anything that
+        // SAFETY: it is used in the next call alone, for which nothing has to be open.
+        let claimed = unsafe { BorrowedFd::borrow_raw(number) };
+        rustix::io::fcntl_setfd(claimed, rustix::io::FdFlags::CLOEXEC).map_err(|error| {
+            Failure::usage(format!("descriptor {number}, which LISTEN_FDS names, is not open"))
+                .because(&std::io::Error::from(error))
+        })?;
+        // SAFETY: it is open, whoever set these variables has left it to this process, and
+        // nothing else here knows its number: they are taken once, before anything that
         // could have got one of these numbers is opened.
         taken.push(unsafe { OwnedFd::from_raw_fd(number) });
-    }
-    for socket in &taken {
-        rustix::io::fcntl_setfd(socket, rustix::io::FdFlags::CLOEXEC)
-            .map_err(|error| Failure::io("taking over a socket", &error.into()))?;
     }
     Ok(taken)
 }
