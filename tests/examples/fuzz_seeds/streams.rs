@@ -10,6 +10,7 @@ pub(crate) fn make(seeds: &Seeds) {
     cloop(seeds);
     bundle(seeds);
     packed(seeds);
+    tar(seeds);
     nbd_server(seeds);
     nbd_client(seeds);
 }
@@ -30,6 +31,37 @@ fn dmg(seeds: &Seeds) {
     seeds.add("dmg", &[&dmg::image(36, &runs, 4)]);
     for (kind, _, _, stored) in runs {
         seeds.add("dmg", &[&dmg::image(4, &[(kind, 0, 4, stored)], 0)]);
+    }
+}
+
+fn tar(seeds: &Seeds) {
+    let long = format!("{}/disk.img", "folder".repeat(30));
+    let mut archives: Vec<Vec<u8>> = Vec::new();
+    for header in [tar::Header::new_gnu(), tar::Header::new_ustar(), tar::Header::new_old()] {
+        let mut archive = tar::Builder::new(Vec::new());
+        for (name, len) in [("guest.ovf", 700), ("./a/disk-1.vmdk", 1024), ("empty", 0)] {
+            let mut header = header.clone();
+            header.set_size(len);
+            let bytes = pattern(len as usize, len);
+            archive.append_data(&mut header, name, bytes.as_slice()).unwrap();
+        }
+        // Only GNU's has a way to say a name that is as long as this.
+        let mut header = header.clone();
+        header.set_size(3);
+        let _ = archive.append_data(&mut header, &long, &b"abc"[..]);
+        archives.push(archive.into_inner().unwrap());
+    }
+    let mut archive = tar::Builder::new(Vec::new());
+    let records = [("path", long.as_bytes()), ("size", b"3"), ("mtime", b"1.5")];
+    archive.append_pax_extensions(records).unwrap();
+    let mut header = tar::Header::new_ustar();
+    header.set_size(3);
+    archive.append_data(&mut header, "short", &b"abc"[..]).unwrap();
+    archives.push(archive.into_inner().unwrap());
+    for archive in archives {
+        for kind in [0, 1] {
+            seeds.put("tar", &[&[kind], archive.as_slice()].concat());
+        }
     }
 }
 

@@ -23,6 +23,7 @@ mod qcow2;
 mod readers;
 mod seal;
 mod subject;
+mod tar;
 mod vhdx;
 mod vmdk;
 mod vpc;
@@ -53,6 +54,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "cloop", run: readers::cloop },
     Target { name: "luks", run: readers::luks },
     Target { name: "packed", run: packed::packed },
+    Target { name: "tar", run: tar::tar },
     Target { name: "formats", run: packed::formats },
     Target { name: "nbd_server", run: nbd::server },
     Target { name: "nbd_client", run: nbd::client },
