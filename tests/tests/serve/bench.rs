@@ -73,6 +73,15 @@ impl Bench {
         command
     }
 
+    /// The same command, started by what a shell is told to put in front of it.
+    pub(crate) fn behind(&self, script: &str, command: &Command) -> Command {
+        let mut shell = Command::new("/bin/sh");
+        shell.arg("-c").arg(format!("{script} \"$0\" \"$@\"")).arg(command.get_program());
+        shell.args(command.get_args()).current_dir(self.path("")).stdin(Stdio::null());
+        set_variables(&mut shell, command);
+        shell
+    }
+
     /// The words of a command line; quotes are not needed here.
     pub(crate) fn words(&self, words: &str) -> Vec<String> {
         words
@@ -129,11 +138,15 @@ impl Bench {
 fn with_program(command: &Command, program: &Path) -> Command {
     let mut other = Command::new(program);
     other.args(command.get_args());
+    set_variables(&mut other, command);
+    other
+}
+
+fn set_variables(other: &mut Command, command: &Command) {
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => other.env(name, value),
             None => other.env_remove(name),
         };
     }
-    other
 }
