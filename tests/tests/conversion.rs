@@ -276,21 +276,34 @@ fn a_disk_on_a_server_is_changed_where_it_is() {
     if !["qemu-nbd", "qemu-img"].iter().all(|program| installed(program)) {
         return;
     }
-    let (raw, disk) = (fixture.join("guest.raw"), place.text("disk"));
+    let (raw, folder) = (fixture.join("guest.raw"), fixture.to_str().unwrap());
     let base = raw.to_str().unwrap();
-    host("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, &disk]);
-    let socket = place.text("far.sock");
-    let words = ["-t", "-e", "4", "-f", "qcow2", "-k", &socket, &disk];
-    let (server, uri) = remote(&place, "qemu-nbd", &words, "far.sock");
-    let run = |words: &[&str]| {
-        let words = [&["shell", "--format=raw", "-a", &uri], words].concat();
-        place.run(&words, APPLIANCE).ended_with(0).stdout
-    };
-    run(&["-m", "/dev/sda1", "write", "/etc/far", "changed"]);
-    // What is only looked at stays as it is.
-    run(&["--ro", "-m", "/dev/sda1", "write", "/etc/far", "nothing"]);
-    assert_eq!(run(&["--ro", "-m", "/dev/sda1", "cat", "/etc/far"]), "changed\n");
-    server.signal(rustix::process::Signal::TERM);
-    server.wait(SHORT).ended_with(0);
-    host("qemu-img", &["check", "-q", "-f", "qcow2", &disk]);
+    let ours = support::program().unwrap();
+    let ours = ours.to_str().unwrap();
+    for (program, options) in
+        [("qemu-nbd", &[][..]), (ours, &["serve", "--allow-path", folder][..])]
+    {
+        let (disk, socket) = (place.text("disk"), place.text("far.sock"));
+        host("qemu-img", &["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, &disk]);
+        let words = ["-t", "-e", "4", "-f", "qcow2", "-k", &socket, &disk];
+        let words = [options, &words].concat();
+        let (server, uri) = remote(&place, program, &words, "far.sock");
+        let run = |words: &[&str]| {
+            let words = [&["shell", "--format=raw", "-a", &uri], words].concat();
+            place.run(&words, APPLIANCE).ended_with(0).stdout
+        };
+        run(&["-m", "/dev/sda1", "write", "/etc/far", "changed"]);
+        // What is only looked at stays as it is.
+        let mounted = ["run", ":", "mount", "/dev/sda1", "/", ":", "write", "/etc/far", "no"];
+        run(&[&["--ro"][..], &mounted].concat());
+        assert_eq!(run(&["--ro", "-m", "/dev/sda1", "cat", "/etc/far"]), "changed\n");
+        server.signal(rustix::process::Signal::TERM);
+        server.wait(SHORT).ended_with(0);
+        host("qemu-img", &["check", "-q", "-f", "qcow2", &disk]);
+        if installed("e2fsck") {
+            let plain = place.text("plain");
+            host("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &disk, &plain]);
+            host("e2fsck", &["-f", "-n", &format!("{plain}?offset={PARTITION}")]);
+        }
+    }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What one client may cost, and the budget that holds it to that.
 
+use crate::transmission::PIECE;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -31,7 +32,8 @@ pub struct Limits {
     pub connection_bytes: u64,
     /// Bytes of payload in memory for the whole server. Half of it is divided evenly
     /// among the connections, and of the other half none can take more than it leaves, so
-    /// that none, and not even many together, can take everything from the others.
+    /// that none, and not even many together, can take everything from the others. Every
+    /// connection has 512 KiB at least, even where that is more in all.
     pub server_bytes: u64,
     /// How long a client may send nothing in the middle of a request before it is cut off.
     pub receive_stall: Duration,
@@ -178,7 +180,8 @@ impl<'a> Purse<'a> {
         pool.busy.fetch_add(1, Ordering::Relaxed);
         Self {
             whole: Budget::new(limits.connection_bytes.max(u64::from(limits.payload))),
-            share: Budget::new(pool.share),
+            // Whatever the others hold back, a client that reads gets its next piece.
+            share: Budget::new(pool.share.max(PIECE.min(limits.payload.into()))),
             pool,
         }
     }

@@ -38,7 +38,7 @@ use tranship_block::{BlockDevice, Error, Result};
 
 /// Data that passes through memory travels in chunks of this many bytes, small enough to
 /// stay in the cache.
-const PIECE: u64 = 512 << 10;
+pub(crate) const PIECE: u64 = 512 << 10;
 /// Reads and writes up to this length may be answered by the reader itself.
 const SMALL: u64 = 32 << 10;
 /// Replies that are ready are sent when they are longer than this together.

@@ -3,7 +3,7 @@
 //! are served.
 
 use crate::bench::{Bench, Who};
-use crate::client::{Client, Reply, header};
+use crate::client::{Client, Reply, extended, header};
 use crate::crowd::{descriptors, resident, soon};
 use crate::support::{Running, SHORT, host};
 use rustix::net::sockopt::{set_socket_linger, set_socket_timeout};
@@ -180,4 +180,46 @@ fn a_killed_client_leaves_what_was_acknowledged_and_a_whole_image() {
             host("qemu-img", &["check", "-q", "-f", format, &disk]);
         }
     }
+}
+
+#[test]
+fn work_of_terabytes_ends_with_the_server_at_once() {
+    let Some(bench) = Bench::new() else { return };
+    let disk = bench.text("d.qcow2");
+    host("qemu-img", &["create", "-q", "-f", "qcow2", &disk, "64T"]);
+    let server = bench.start(Who::Serve, "-t -x vda -e 0 -f qcow2 @d.qcow2");
+    let mut client = Client::connect(&bench.path("s"));
+    client.go_extended(&["base:allocation"]);
+    // All of the disk is one extent, asked for once.
+    client.say(&extended(0, 7, 7, 0, 64 << 40));
+    let Reply::Chunk { done: true, kind: 6, payload, .. } = client.reply() else {
+        panic!("expected one status chunk");
+    };
+    let numbers: Vec<u64> =
+        payload[8..].as_chunks().0.iter().map(|raw| u64::from_be_bytes(*raw)).collect();
+    assert_eq!(numbers, [64 << 40, 3]);
+    // In 32 bits it is a length that the next request can begin behind.
+    let mut compact = Client::connect(&bench.path("s"));
+    compact.go(true);
+    compact.request(0, 7, 0, u32::MAX);
+    let Reply::Chunk { done: true, kind: 5, payload, .. } = compact.reply() else {
+        panic!("expected one status chunk");
+    };
+    let numbers: Vec<u32> =
+        payload[4..].as_chunks().0.iter().map(|raw| u32::from_be_bytes(*raw)).collect();
+    assert_eq!((numbers.len(), numbers[0] % 65_536, numbers[1]), (2, 0, 3));
+    // Zeroes that have to be noted cluster by cluster, for a client that leaves, and for
+    // one that stays.
+    client.say(&extended(2, 6, 7, 0, 8 << 40));
+    let mut leaving = Client::connect(&bench.path("s"));
+    leaving.go_extended(&[]);
+    leaving.say(&extended(2, 6, 7, 16 << 40, 8 << 40));
+    drop(leaving);
+    std::thread::sleep(Duration::from_millis(300));
+    is_served(&bench);
+    let begun = std::time::Instant::now();
+    server.signal(Signal::TERM);
+    server.wait(SHORT).ended_with(0);
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    host("qemu-img", &["check", "-q", "-f", "qcow2", &disk]);
 }

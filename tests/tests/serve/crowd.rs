@@ -102,7 +102,7 @@ fn those_beyond_the_limit_wait_and_cost_nothing() {
     }
     bench.disk("d.raw", "raw");
     let server = bench.start(Who::Serve, "-r -t -x vda -e 50 -f raw @d.raw");
-    let mut served: Vec<Client> = (0..50).map(|_| client(&bench)).collect();
+    let mut guests: Vec<Client> = (0..50).map(|_| client(&bench)).collect();
     // The queue of the socket is finite, and who does not fit into it is told so.
     let path = bench.path("s");
     let waiting: Vec<_> = (0..CROWD)
@@ -120,15 +120,15 @@ fn those_beyond_the_limit_wait_and_cost_nothing() {
         })
         .collect();
     assert!(!waiting.is_empty());
-    served.iter_mut().for_each(reads);
+    guests.iter_mut().for_each(reads);
     assert!(descriptors(&server) < 80, "{} descriptors", descriptors(&server));
     assert!(status(&server, "Threads") < 200, "{} threads", status(&server, "Threads"));
     // Those who have gone leave their places to those who still wait.
     drop(waiting);
-    drop(served.split_off(25));
+    drop(guests.split_off(25));
     let mut late = client(&bench);
     reads(&mut late);
-    served.iter_mut().for_each(reads);
+    guests.iter_mut().for_each(reads);
     server.signal(Signal::TERM);
     server.wait(SHORT).ended_with(0);
 }
@@ -152,6 +152,35 @@ fn a_server_without_descriptors_serves_those_it_has() {
     drop(crowd);
     reads(&mut client(&bench));
     reads(&mut first);
+    server.signal(Signal::TERM);
+    server.wait(SHORT).ended_with(0);
+}
+
+#[test]
+fn a_thousand_half_open_connections_give_way() {
+    let Some(bench) = Bench::new() else { return };
+    if !many_files() {
+        return;
+    }
+    bench.disk("d.raw", "raw");
+    let server = bench.start(Who::Serve, "-r -t -x vda -e 0 --handshake-limit 3 -f raw @d.raw");
+    let before = (status(&server, "Threads"), descriptors(&server));
+    let mut guests = client(&bench);
+    let path = bench.path("s");
+    let crowd = std::thread::spawn(move || -> Vec<UnixStream> {
+        (0..CROWD).map(|_| UnixStream::connect(&path).unwrap()).collect()
+    });
+    // Those who talk are served all the time, and others get in among them.
+    for _ in 0..20 {
+        reads(&mut guests);
+        reads(&mut client(&bench));
+        assert!(status(&server, "Threads") < 200, "{} threads", status(&server, "Threads"));
+    }
+    let crowd = crowd.join().unwrap();
+    soon("they stay", || descriptors(&server) <= before.1 + 2);
+    drop(crowd);
+    soon("threads stay", || status(&server, "Threads") <= before.0 + 2);
+    reads(&mut guests);
     server.signal(Signal::TERM);
     server.wait(SHORT).ended_with(0);
 }

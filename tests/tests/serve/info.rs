@@ -204,3 +204,42 @@ fn bitmaps_and_depths_are_told_as_by_qemu_nbd() {
     // What changes while it is looked at cannot be shown as it was.
     bench.run(Who::Link, "-k @s -B b0 -f qcow2 @d.qcow2").ended_with(1).saying("-r");
 }
+
+#[test]
+fn uris_lead_to_the_exports_that_nbdinfo_finds() {
+    let Some(bench) = Bench::new() else { return };
+    // A size for each name, which tells what was found.
+    let mut command = bench.server(Who::Serve, "-k @s -r -t -e 0 -f raw");
+    for (name, number) in ["", "vda", ".", "..", "a b", "a+b"].into_iter().zip(1..) {
+        std::fs::write(bench.path(&format!("d{number}")), vec![0; 4096 * number]).unwrap();
+        command.arg(format!("{name}=d{number}"));
+    }
+    let mut server = bench.place.start(command);
+    let path = bench.path("s");
+    server.until("a socket", SHORT, || path.exists());
+    let socket = bench.text("s");
+    for uri in [
+        "nbd+unix://?socket=S",
+        "nbd+unix:///?socket=S",
+        "nbd+unix:///vda?socket=S",
+        "nbd+unix:///a%20b?socket=S",
+        "nbd+unix:///a+b?socket=S",
+        "nbd+unix:///.?socket=S",
+        "nbd+unix:///..?socket=S",
+        "nbd+unix:///%76da?socket=S",
+        "nbd+unix:///nobody?socket=S",
+        "nbd+unix:////vda?socket=S",
+        "nbd+unix:///vda",
+        "nbd+unix:///%zz?socket=S",
+        "nbd+unix:///vda?socket=S-none",
+        "nbds+unix:///vda?socket=S",
+        "nbd://localhost:1/vda",
+        "http://localhost/vda",
+    ] {
+        let uri = uri.replace('S', &socket);
+        let [ours, theirs] = both(&bench, &["--size", &uri]);
+        assert_eq!(ours, theirs, "{uri}");
+    }
+    server.signal(Signal::TERM);
+    server.wait(SHORT).ended_with(0);
+}

@@ -26,7 +26,9 @@ fn write(client: &mut Client, flags: u16, offset: u64, bytes: &[u8]) {
 fn work(device: Arc<dyn BlockDevice>, cut: &PowerCut) {
     let place = serve(vec![export("vda", device)], Limits::default());
     let mut clients = [place.connect(), place.connect()];
-    clients.iter_mut().for_each(|client| client.go(false));
+    for client in &mut clients {
+        client.go(false);
+    }
     let [one, other] = &mut clients;
     let mut written = vec![0; usize::try_from(SIZE).unwrap()];
     let mut safe = written.clone();

@@ -12,6 +12,7 @@ mod handshake;
 mod hostile;
 mod images;
 mod listeners;
+mod matrix;
 mod oracle;
 mod reconnect;
 mod remote;
