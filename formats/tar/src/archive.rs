@@ -51,7 +51,7 @@ impl Archive {
     ///
     /// [`ErrorKind::NotFound`] if there is none of this name.
     pub fn span(&self, name: &str) -> Result<Span> {
-        let name = name.strip_prefix("./").unwrap_or(name);
+        let name = plain(name);
         self.members.get(name).copied().ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("the archive has no member {name:?}"))
         })
@@ -129,7 +129,7 @@ fn members(file: &dyn BlockDevice) -> Result<BTreeMap<String, Span>> {
                 .at(at));
             }
             0 | b'0' | b'7' => {
-                let name = name.strip_prefix("./").unwrap_or(&name);
+                let name = plain(&name);
                 check_name(name).map_err(|error| error.at(at))?;
                 if members.len() >= MAX_MEMBERS {
                     return Err(Error::corrupt(format!("more than {MAX_MEMBERS} members")).at(at));
@@ -145,6 +145,14 @@ fn members(file: &dyn BlockDevice) -> Result<BTreeMap<String, Span>> {
         at = start.saturating_add(span.len.div_ceil(header_len()).saturating_mul(header_len()));
     }
     Ok(members)
+}
+
+/// The name without what means the folder itself, however often it is there.
+fn plain(mut name: &str) -> &str {
+    while let Some(rest) = name.strip_prefix("./") {
+        name = rest;
+    }
+    name
 }
 
 /// Refuses names that would lead out of the folder into which the archive is unpacked:

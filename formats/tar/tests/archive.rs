@@ -56,6 +56,20 @@ fn members_of_every_dialect_are_found() {
 }
 
 #[test]
+fn a_name_that_is_told_leads_to_its_member() {
+    let archive_of = |name: &str| open(archive(&[(name, b"1")]));
+    for name in ["a", "./a", "././a", "./././a"] {
+        let archive = archive_of(name).unwrap();
+        assert_eq!(archive.names().collect::<Vec<_>>(), ["a"], "{name}");
+        assert_eq!(contents(&*archive.member("a").unwrap()), b"1");
+        assert_eq!(contents(&*archive.member(name).unwrap()), b"1");
+    }
+    assert_eq!(archive_of("././").unwrap_err().kind(), ErrorKind::Denied);
+    let error = open(archive(&[("././a", b"1"), ("a", b"2")])).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+}
+
+#[test]
 fn what_is_no_archive_of_disks_is_refused() {
     let good = archive(&[("a", b"1")]);
     let mut damaged_header = good.clone();
