@@ -99,9 +99,8 @@ fn expected(command: u16, offset: u64, len: u64, read_only: bool) -> &'static [u
     match command {
         // An answer that is too long and would not be there either.
         READ if len > 32 << 20 => &[EOVERFLOW, EINVAL],
-        READ | CACHE if is_inside => &[0],
         WRITE | TRIM | ZERO if read_only => &[EPERM],
-        WRITE | TRIM | ZERO if is_inside => &[0],
+        READ | CACHE | WRITE | TRIM | ZERO if is_inside => &[0],
         WRITE | ZERO => &[ENOSPC],
         FLUSH if offset == 0 && len == 0 => &[0],
         STATUS if is_inside && len > 0 => &[0],
