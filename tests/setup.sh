@@ -21,6 +21,7 @@ readonly TEST=(
     busybox-static:busybox cpio:cpio xz-utils:xz zstd:zstd lz4:lz4 bzip2:bzip2
     libnbd-bin:nbdinfo nbdkit:nbdkit fio:fio openssl:openssl
     python3-libvhdi:/usr/share/doc/python3-libvhdi/copyright
+    strace:strace systemd:systemd-socket-activate
 )
 readonly FUZZ=(g++:g++)
 readonly CHECK=(shellcheck:shellcheck)
