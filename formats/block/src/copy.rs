@@ -8,6 +8,7 @@
 mod job;
 mod packed;
 mod piece;
+mod queued;
 mod runs;
 mod salvage;
 mod turn;
@@ -32,6 +33,10 @@ pub struct CopyOptions {
     pub start: u64,
     /// How many pieces are in flight at the same time; at least 1.
     pub threads: usize,
+    /// Reads in flight at a source that answers many at a time
+    /// ([`BlockDevice::read_queues`]); of others, and if this is 0, each thread reads for
+    /// itself, and there are as many threads as this says.
+    pub in_flight: usize,
     /// Bytes of one piece; rounded up to whole preferred blocks of the target, and at most
     /// 16 MiB.
     pub chunk: u64,
@@ -73,6 +78,7 @@ impl Default for CopyOptions {
         Self {
             start: 0,
             threads: default_threads(),
+            in_flight: 0,
             chunk: 1 << 20,
             // They are still in the core's own cache when they are looked at.
             step: 256 << 10,

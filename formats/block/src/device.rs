@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The one interface every image format, network source and test double offers.
 
-use crate::{Error, Extent, Result, Span};
+use crate::{Error, Extent, ReadQueue, Result, Span};
 use std::fmt::Debug;
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
@@ -73,6 +73,12 @@ pub trait BlockDevice: Debug + Send + Sync {
     /// Reading past the end is an error, never a short read. Metadata or payload that
     /// cannot be read, decompressed or trusted.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// Ways to read that need no thread for each request: one for each connection to a
+    /// server. A device without any is read with [`Self::read_at`].
+    fn read_queues(&self) -> Vec<Box<dyn ReadQueue + '_>> {
+        Vec::new()
+    }
 
     /// Fills `bufs` in order with the bytes from `offset` onward.
     ///
@@ -211,6 +217,7 @@ macro_rules! forward {
             fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
                 (**self).read_at(buf, offset)
             }
+            fn read_queues(&self) -> Vec<Box<dyn ReadQueue + '_>> { (**self).read_queues() }
             fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {
                 (**self).read_vectored_at(bufs, offset)
             }

@@ -25,6 +25,7 @@ mod measure;
 mod memory;
 mod meter;
 mod packed;
+mod queue;
 mod slice;
 #[cfg(test)]
 mod testing;
@@ -51,6 +52,7 @@ pub use measure::{LatencyClass, Measured, OperationCounter, OperationStatistics,
 pub use memory::MemoryDevice;
 pub use meter::{DiskMeter, DiskStatistics, FileMeter, FileStatistics, Meter};
 pub use packed::{Encoding, PackedTarget, PackedUnit};
+pub use queue::ReadQueue;
 pub use slice::Slice;
 pub use throttle::{Rate, Throttle, Throttled};
 pub use zero::is_zero;

@@ -2,17 +2,19 @@
 //! Counting what a device is asked to do, and how long it takes.
 
 mod counter;
+mod queue;
 
 pub use counter::{LatencyClass, OperationCounter, OperationStatistics, Statistics};
 
 use crate::{
-    Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, Result, Span,
-    Storage, Zeroing, device::length,
+    Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, ReadQueue, Result,
+    Span, Storage, Zeroing, device::length,
 };
 use counter::Counters;
+use queue::MeasuredQueue;
 use std::io::{IoSlice, IoSliceMut};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 /// A device that counts what passes through it. Clones count together.
@@ -73,6 +75,14 @@ impl<D: BlockDevice> BlockDevice for Measured<D> {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.counters.reads.time(length(buf), || self.device.read_at(buf, offset))
+    }
+
+    fn read_queues(&self) -> Vec<Box<dyn ReadQueue + '_>> {
+        let counted = |queue| -> Box<dyn ReadQueue + '_> {
+            let counters = &*self.counters;
+            Box::new(MeasuredQueue { queue, counters, begun: Mutex::default() })
+        };
+        self.device.read_queues().into_iter().map(counted).collect()
     }
 
     fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<()> {

@@ -2,11 +2,12 @@
 //! The threads of a copy, and what they share.
 
 use super::piece::Done;
+use super::queued;
 use super::turn::Turn;
 use super::work::{Piece, Plan, Work};
 use super::{Copied, CopyObserver, CopyOptions, grid};
 use crate::{Advice, AlignedBuffer, BlockDevice, Error, ErrorKind, Result, Span};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Bytes after which the page cache is told what became of them.
@@ -69,13 +70,31 @@ impl<'a> Job<'a> {
     /// Copies everything.
     pub(super) fn run_all(self) -> Result<Copied> {
         self.source.advise(self.whole(), Advice::WillRead);
-        std::thread::scope(|scope| {
-            for _ in 1..self.options.threads.max(1) {
-                scope.spawn(|| self.run());
-            }
-            self.run();
-        });
+        let CopyOptions { threads, in_flight, ordered, salvage, .. } = *self.options;
+        let queues = if in_flight > 0 && !ordered && !salvage && !self.offloads() {
+            self.source.read_queues()
+        } else {
+            Vec::new()
+        };
+        if queues.is_empty() {
+            std::thread::scope(|scope| {
+                for _ in 1..threads.max(in_flight).max(1) {
+                    scope.spawn(|| self.run());
+                }
+                self.run();
+            });
+        } else {
+            queued::run(&self, queues, threads);
+        }
         self.end()
+    }
+
+    /// Whether the kernel may copy what there is.
+    fn offloads(&self) -> bool {
+        let start = self.options.start;
+        self.offload.load(Ordering::Relaxed)
+            && start < self.source.size()
+            && self.source.file_range(start).is_some()
     }
 
     fn whole(&self) -> Span {
@@ -86,11 +105,32 @@ impl<'a> Job<'a> {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take(&self) -> Option<Piece> {
+    /// The next piece, once there is room for its hashes.
+    pub(super) fn take(&self) -> Option<Piece> {
         let mut work = self.work();
         while work.waiting() > MOST_WAITING && !work.is_stopped() {
             work = self.finished.wait(work).unwrap_or_else(PoisonError::into_inner);
         }
+        self.take_from(work)
+    }
+
+    /// The next piece, if there is one for which nobody has to wait.
+    pub(super) fn take_now(&self) -> Option<Piece> {
+        let work = self.work();
+        if work.waiting() > MOST_WAITING { None } else { self.take_from(work) }
+    }
+
+    /// Whether there are no more pieces.
+    pub(super) fn is_over(&self) -> bool {
+        self.work().is_over()
+    }
+
+    /// Whether it still matters what becomes of a piece.
+    pub(super) fn has_use_for(&self, piece: Span) -> bool {
+        self.work().has_use_for(piece)
+    }
+
+    fn take_from(&self, mut work: MutexGuard<'_, Work>) -> Option<Piece> {
         if !work.is_stopped() && self.observer.is_cancelled() {
             work.cancel();
         }
@@ -102,26 +142,38 @@ impl<'a> Job<'a> {
         let len = usize::try_from(self.plan.grid).unwrap_or(usize::MAX);
         let mut buffer = AlignedBuffer::new(len);
         while let Some(piece) = self.take() {
-            let span = piece.span();
-            let result = match self.copy_piece(&piece, &mut buffer) {
-                // Somebody below has failed: this piece will never have its turn.
-                Ok(None) => return,
-                Ok(Some(done)) => {
-                    self.finish(span, done);
-                    self.checkpoint_if_due()
-                }
-                Err(error) => Err(error),
-            };
-            if let Err(error) = result {
-                self.work().fail(span, error);
-                self.finished.notify_all();
-                if let Some(turn) = &self.turn {
-                    turn.close();
-                }
+            if !self.settle(piece.span(), |job| job.copy_piece(&piece, &mut buffer)) {
                 return;
             }
-            self.tend_cache();
         }
+    }
+
+    /// Carries `work` out for the piece at `span` and writes down what became of it.
+    /// `false` if that ends the copy.
+    pub(super) fn settle(
+        &self,
+        span: Span,
+        work: impl FnOnce(&Self) -> Result<Option<Done>>,
+    ) -> bool {
+        let result = match work(self) {
+            // Somebody below has failed: this piece will never have its turn.
+            Ok(None) => return false,
+            Ok(Some(done)) => {
+                self.finish(span, done);
+                self.checkpoint_if_due()
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
+            self.work().fail(span, error);
+            self.finished.notify_all();
+            if let Some(turn) = &self.turn {
+                turn.close();
+            }
+            return false;
+        }
+        self.tend_cache();
+        true
     }
 
     fn finish(&self, span: Span, done: Done) {
@@ -155,6 +207,8 @@ impl<'a> Job<'a> {
     /// Flushes and reports `done`, which must have been finished before the flush.
     fn make_checkpoint(&self, last: &mut u64, done: u64) -> Result<()> {
         self.target.flush().map_err(|error| {
+            // What was written before may be lost, even if the next flush works.
+            *last = u64::MAX;
             Error::new(error.kind(), "flushing the target failed").because(error)
         })?;
         if self.options.checkpoint_every > 0 && done > *last {

@@ -60,7 +60,7 @@ pub(super) fn part(buffer: &[u8], start: u64, span: Span) -> &[u8] {
     buffer.get(from..).and_then(|tail| tail.get(..len)).unwrap_or_default()
 }
 
-fn part_mut(buffer: &mut [u8], start: u64, span: Span) -> &mut [u8] {
+pub(super) fn part_mut(buffer: &mut [u8], start: u64, span: Span) -> &mut [u8] {
     let from = usize::try_from(span.start.saturating_sub(start)).unwrap_or(usize::MAX);
     let len = usize::try_from(span.len).unwrap_or(usize::MAX);
     buffer.get_mut(from..).and_then(|tail| tail.get_mut(..len)).unwrap_or_default()
@@ -101,7 +101,6 @@ pub(super) fn load(
 impl Job<'_> {
     /// Copies a piece; `None` if its turn never came.
     pub(super) fn copy_piece(&self, piece: &Piece, buffer: &mut [u8]) -> Result<Option<Done>> {
-        let span = piece.span();
         let mut done = Done::default();
         let options = self.options;
         let reader = Reader {
@@ -110,47 +109,91 @@ impl Job<'_> {
         };
         let single = matches!(piece.runs.as_slice(), [run] if run.kind != Kind::Data);
         let offload = self.offload.load(Ordering::Relaxed);
-        let mut runs = if single {
+        let runs = if single {
             piece.runs.clone()
         } else if offload {
             plan(piece, self.block, 0)
         } else {
             load(&reader, piece, buffer, self.block, options, &mut done)?
         };
-        if let Some(chunk) = options.hash.filter(|_| !single) {
-            done.hashes = self.hash(chunk, span, &runs, buffer);
+        if offload && !single {
+            return self.copy_inside_kernel(&reader, piece.span(), runs, buffer, done);
         }
+        self.deliver(piece, runs, piece.span().start, buffer, done)
+    }
+
+    /// Copies a piece as far as possible without its bytes passing through here.
+    fn copy_inside_kernel(
+        &self,
+        reader: &Reader<'_>,
+        span: Span,
+        mut runs: Vec<Run>,
+        buffer: &mut [u8],
+        mut done: Done,
+    ) -> Result<Option<Done>> {
         if let Some(turn) = &self.turn
             && !turn.wait(span)
         {
             return Ok(None);
         }
         for run in &mut runs {
-            if run.kind == Kind::Data && offload {
+            if run.kind == Kind::Data {
                 run.span = self.offload(run.span, &mut done)?;
-                for bytes in part_mut(buffer, span.start, run.span).chunks_mut(step(options)) {
+                for bytes in part_mut(buffer, span.start, run.span).chunks_mut(step(self.options)) {
                     reader.read(bytes, run.span.start, &mut done)?;
                     let now = Span::new(run.span.start, length(bytes));
                     self.write(bytes, now, &mut done)?;
                     run.span = Span::new(now.end(), run.span.len.saturating_sub(now.len));
                 }
-                continue;
-            }
-            match run.kind {
-                Kind::Data => {
-                    self.write(part(buffer, span.start, run.span), run.span, &mut done)?;
-                }
-                Kind::Zero => self.zero(run.span, &mut done)?,
-                Kind::Skip => {
-                    let sum = &mut done.copied.bytes_skipped;
-                    *sum = sum.saturating_add(run.span.len);
-                }
+            } else {
+                self.write_run(*run, &[], &mut done)?;
             }
         }
         if let Some(turn) = &self.turn {
             turn.passed(span);
         }
         Ok(Some(done))
+    }
+
+    /// Hashes and writes a piece whose data is in `buffer`, which begins with byte `start`
+    /// of the disk; `None` if its turn never came.
+    pub(super) fn deliver(
+        &self,
+        piece: &Piece,
+        runs: Vec<Run>,
+        start: u64,
+        buffer: &[u8],
+        mut done: Done,
+    ) -> Result<Option<Done>> {
+        let span = piece.span();
+        let single = matches!(piece.runs.as_slice(), [run] if run.kind != Kind::Data);
+        if let Some(chunk) = self.options.hash.filter(|_| !single) {
+            done.hashes = self.hash(chunk, span, &runs, (start, buffer));
+        }
+        if let Some(turn) = &self.turn
+            && !turn.wait(span)
+        {
+            return Ok(None);
+        }
+        for run in runs {
+            self.write_run(run, part(buffer, start, run.span), &mut done)?;
+        }
+        if let Some(turn) = &self.turn {
+            turn.passed(span);
+        }
+        Ok(Some(done))
+    }
+
+    fn write_run(&self, run: Run, bytes: &[u8], done: &mut Done) -> Result<()> {
+        match run.kind {
+            Kind::Data => self.write(bytes, run.span, done),
+            Kind::Zero => self.zero(run.span, done),
+            Kind::Skip => {
+                let sum = &mut done.copied.bytes_skipped;
+                *sum = sum.saturating_add(run.span.len);
+                Ok(())
+            }
+        }
     }
 
     /// Lets the kernel copy as much of the front of `span` as it can, and returns the rest.
@@ -197,11 +240,17 @@ impl Job<'_> {
     }
 
     /// The hashes of a piece's chunks that are not all zero.
-    fn hash(&self, chunk: u64, piece: Span, runs: &[Run], buffer: &[u8]) -> Vec<HashedChunk> {
+    fn hash(
+        &self,
+        chunk: u64,
+        piece: Span,
+        runs: &[Run],
+        (start, buffer): (u64, &[u8]),
+    ) -> Vec<HashedChunk> {
         let end = piece.end().min(self.source.size());
         let data = runs.iter().filter(|run| run.kind == Kind::Data).map(|run| run.span);
         hash_chunk(chunk, Span::new(piece.start, end.saturating_sub(piece.start)), data, |span| {
-            part(buffer, piece.start, span)
+            part(buffer, start, span)
         })
     }
 }

@@ -249,6 +249,16 @@ impl Work {
         self.stopped
     }
 
+    /// Whether there are no more pieces.
+    pub(super) fn is_over(&self) -> bool {
+        self.stopped || self.next >= self.plan.end
+    }
+
+    /// Whether the copy goes on, or has failed only above this piece.
+    pub(super) fn has_use_for(&self, piece: Span) -> bool {
+        !self.stopped || self.failure.as_ref().is_some_and(|(start, _)| piece.start < *start)
+    }
+
     /// How many pieces have hashes that wait for one below them.
     pub(super) fn waiting(&self) -> usize {
         self.hashes.len()
