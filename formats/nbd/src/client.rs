@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! An export of somebody else's server as a device like any other.
 
+mod ahead;
 mod connection;
 mod device;
 mod extents;
@@ -9,7 +10,10 @@ mod handshake;
 mod line;
 mod list;
 mod option;
+mod queue;
+mod receive;
 mod reply;
+mod slots;
 mod stream;
 mod unflushed;
 
@@ -27,15 +31,20 @@ use unflushed::Unflushed;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tranship_block::{Error, Result, Span};
+use tranship_block::{Error, ErrorKind, Result, Span};
 
 /// Longest request without payload: 32 bits of length, less what keeps it aligned.
 const LONGEST: u64 = (1 << 32) - (64 << 10);
 /// Longest payload for servers that do not tell theirs ("Size constraints").
 const LONGEST_PAYLOAD: u64 = 32 << 20;
+
+/// Pauses before a request is repeated that the server answered with an I/O error.
+const AFTER_ERROR: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(500)];
+/// What cannot be read is not looked for in smaller parts than this.
+const SMALLEST_READ: usize = 4096;
 
 /// How a server is spoken to.
 #[derive(Clone, Debug)]
@@ -87,6 +96,10 @@ pub struct Retry {
     /// All requests can be repeated, as long as nobody else writes to the same place. What
     /// the server had acknowledged and not flushed may be lost if it is not the same
     /// process any more (which is known for Unix sockets alone): the next flush fails then.
+    ///
+    /// The first connection is waited for as long. A read or write that the server answers
+    /// with an I/O error is repeated twice, and a read then in halves, until the error is
+    /// about no more than 4 KiB.
     pub budget: Duration,
 }
 
@@ -103,6 +116,9 @@ pub struct Remote {
     lines: Vec<Line>,
     /// Line of the next request.
     turn: AtomicUsize,
+    /// Number of the next queue.
+    queues: AtomicU64,
+    retry: Retry,
     /// What is known about zeroes, until something is written.
     known: Mutex<Known>,
     /// Held while an unaligned write reads what is around it.
@@ -122,7 +138,7 @@ impl Remote {
     /// [`tranship_block::ErrorKind::Denied`] if the two do not agree about TLS,
     /// [`tranship_block::ErrorKind::Corrupt`] if it breaks the protocol.
     pub fn connect(address: &Address, options: &ClientOptions) -> Result<Self> {
-        let first = Connection::open(address, options)?;
+        let first = line::open_patiently(address, options)?;
         let facts = first.agreed.facts.clone();
         let mut connections = vec![first];
         if facts.can_multi_conn() {
@@ -160,6 +176,8 @@ impl Remote {
             facts,
             lines,
             turn: AtomicUsize::new(0),
+            queues: AtomicU64::new(0),
+            retry: options.retry,
             known: Mutex::default(),
             unaligned: Mutex::new(()),
             flushing: Mutex::new(()),
@@ -296,10 +314,62 @@ impl Remote {
         for piece in pieces(Span::new(offset, length(rest)), self.payload()) {
             let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at_mut(len);
-            self.call(request(command::READ, 0, piece), &[], Wanted::Bytes, now)?;
+            self.read_once(now, piece.start)
+                .or_else(|error| self.read_in_spite_of(error, now, piece.start))?;
             rest = later;
         }
         Ok(())
+    }
+
+    fn read_once(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let request = request(command::READ, 0, Span::new(offset, length(buf)));
+        self.call(request, &[], Wanted::Bytes, buf).map(drop)
+    }
+
+    /// Reads again what the server could not read, if anything is to be tried again at all.
+    fn read_in_spite_of(&self, error: Error, buf: &mut [u8], offset: u64) -> Result<()> {
+        let read = self.in_spite_of(error, || self.read_once(buf, offset));
+        read.or_else(|error| match error.kind() {
+            ErrorKind::Io if !self.retry.budget.is_zero() => self.narrowed(&error, buf, offset),
+            _ => Err(error),
+        })
+    }
+
+    /// Reads in ever smaller parts, so that the error is about those bytes alone that the
+    /// server really does not have.
+    fn narrowed(&self, error: &Error, buf: &mut [u8], offset: u64) -> Result<()> {
+        let unit = usize::try_from(self.facts.min_block).unwrap_or(usize::MAX).max(SMALLEST_READ);
+        let half = buf.len().checked_div(2).and_then(|half| half.checked_next_multiple_of(unit));
+        let len = buf.len();
+        let parts = half.filter(|half| *half < len).and_then(|half| buf.split_at_mut_checked(half));
+        let Some((low, high)) = parts else {
+            let text = format!("{} (a read of {len} bytes)", error.message());
+            return Err(Error::new(error.kind(), text).at(offset));
+        };
+        let middle = offset.saturating_add(length(low));
+        for (part, at) in [(low, offset), (high, middle)] {
+            match self.read_once(part, at) {
+                Err(error) if error.kind() == ErrorKind::Io => self.narrowed(&error, part, at)?,
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Does something again that the server could not do, after a while.
+    fn in_spite_of(&self, error: Error, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+        let mut latest = error;
+        for pause in AFTER_ERROR {
+            if latest.kind() != ErrorKind::Io || self.retry.budget < pause {
+                break;
+            }
+            std::thread::sleep(pause);
+            match work() {
+                Ok(()) => return Ok(()),
+                Err(error) => latest = error,
+            }
+        }
+        Err(latest)
     }
 
     fn write_aligned(&self, buf: &[u8], offset: u64) -> Result<()> {
@@ -307,7 +377,8 @@ impl Remote {
         for piece in pieces(Span::new(offset, length(rest)), self.payload()) {
             let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(rest.len());
             let (now, later) = rest.split_at(len);
-            self.send(request(command::WRITE, 0, piece), now)?;
+            let write = || self.send(request(command::WRITE, 0, piece), now);
+            write().or_else(|error| self.in_spite_of(error, write))?;
             self.unflushed().wrote(piece);
             rest = later;
         }

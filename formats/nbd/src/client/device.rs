@@ -2,11 +2,13 @@
 //! An export as a block device.
 
 use super::extents::Known;
+use super::queue::Queue;
 use super::{Remote, length, pieces, request, size_of_span};
 use crate::wire::{allocation, command, command_flag};
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use tranship_block::{
-    BlockDevice, Error, ErrorKind, Extent, ExtentKind, Result, Span, Storage, Zeroing,
+    BlockDevice, Error, ErrorKind, Extent, ExtentKind, ReadQueue, Result, Span, Storage, Zeroing,
 };
 
 impl BlockDevice for Remote {
@@ -36,6 +38,14 @@ impl BlockDevice for Remote {
         let wanted = bounce.get(skip..end).ok_or_else(|| Error::usage("read past its blocks"))?;
         buf.copy_from_slice(wanted);
         Ok(())
+    }
+
+    fn read_queues(&self) -> Vec<Box<dyn ReadQueue + '_>> {
+        let queue = |line| -> Box<dyn ReadQueue + '_> {
+            let number = self.queues.fetch_add(1, Ordering::Relaxed);
+            Box::new(Queue::new(self, line, number))
+        };
+        self.lines.iter().map(queue).collect()
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {

@@ -21,6 +21,25 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// they cannot read, and would do so for ever.
 const MOST_BREAKS: u32 = 8;
 
+/// Connects to a server that may not listen yet.
+pub(super) fn open_patiently(address: &Address, options: &ClientOptions) -> Result<Connection> {
+    let begun = Instant::now();
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let error = match Connection::open(address, options) {
+            Err(error) if error.kind() == ErrorKind::Busy => error,
+            other => return other,
+        };
+        let left = options.retry.budget.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Err(error);
+        }
+        tracing::debug!(%address, %error, "no NBD server yet");
+        std::thread::sleep(pause.min(left));
+        pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+    }
+}
+
 /// What a request is to give.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Wanted<'a> {
@@ -73,9 +92,28 @@ impl Line {
         buf: &mut [u8],
         lost: &dyn Fn(),
     ) -> Result<Runs> {
+        self.call_again(None, request, payload, wanted, buf, lost)
+    }
+
+    /// The same, for a request that may have failed already: with the connection of this
+    /// number, for this reason.
+    pub(super) fn call_again(
+        &self,
+        mut before: Option<(u64, Error)>,
+        request: Request,
+        payload: &[u8],
+        wanted: Wanted<'_>,
+        buf: &mut [u8],
+        lost: &dyn Fn(),
+    ) -> Result<Runs> {
         let mut outage: Option<Instant> = None;
         let mut breaks = 0_u32;
         loop {
+            if let Some((generation, error)) = before.take() {
+                let since = *outage.get_or_insert_with(Instant::now);
+                breaks = breaks.saturating_add(1);
+                self.renew(generation, since, breaks, error, lost)?;
+            }
             let (connection, generation) = self.current()?;
             let want = match wanted {
                 Wanted::Done => Want::Done,
@@ -91,16 +129,13 @@ impl Line {
             match connection.call(request, payload, want, buf) {
                 Ok(runs) => return Ok(runs),
                 Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Lost(error)) => {
-                    let since = *outage.get_or_insert_with(Instant::now);
-                    breaks = breaks.saturating_add(1);
-                    self.renew(generation, since, breaks, error, lost)?;
-                }
+                Err(Failure::Lost(error)) => before = Some((generation, error)),
             }
         }
     }
 
-    fn current(&self) -> Result<(Arc<Connection>, u64)> {
+    /// The connection for new requests, and its number.
+    pub(super) fn current(&self) -> Result<(Arc<Connection>, u64)> {
         let state = self.state();
         match &state.dead {
             Some(why) => Err(Error::new(ErrorKind::Busy, why.clone())),

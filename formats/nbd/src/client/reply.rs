@@ -7,6 +7,8 @@ use tranship_block::{BigEndian, Error, ErrorKind, Result};
 
 /// Extents in one reply: the protocol's own limit.
 const MOST_EXTENTS: usize = 1 << 20;
+/// Most pieces of one reply that do not touch: a block each of the longest request.
+const MOST_PIECES: usize = 1 << 16;
 /// Longest payload of a chunk without data: that many extents of the longer kind.
 const LONGEST_CHUNK: u64 = (16 << 20) + 8;
 /// Longest error: number, length, text of 4096 bytes, offset.
@@ -55,6 +57,8 @@ pub(super) struct Partial {
     pub(super) want: Want,
     /// Ranges of the bytes that have come, by their starts; neighbours are joined.
     covered: BTreeMap<usize, usize>,
+    /// Ranges that are zero, in the order in which they came.
+    holes: Vec<(usize, usize)>,
     runs: Option<Runs>,
     error: Option<Error>,
     /// The error is that the server goes away.
@@ -62,19 +66,23 @@ pub(super) struct Partial {
 }
 
 /// What the payload of a chunk is good for.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// It has been dealt with.
     Taken,
     /// The next `len` bytes of the stream belong at byte `at` of what is read.
     Payload { at: usize, len: usize },
-    /// The bytes at `at` are zero.
-    Zeroes { at: usize, len: usize },
 }
 
 impl Partial {
     pub(super) fn new(want: Want) -> Self {
-        Self { want, covered: BTreeMap::new(), runs: None, error: None, is_shutdown: false }
+        let (covered, holes) = (BTreeMap::new(), Vec::new());
+        Self { want, covered, holes, runs: None, error: None, is_shutdown: false }
+    }
+
+    /// Starts and lengths of what is zero.
+    pub(super) fn holes(&self) -> &[(usize, usize)] {
+        &self.holes
     }
 
     /// Deals with a chunk of `kind`. `head` are the first bytes of its payload: all of
@@ -90,7 +98,13 @@ impl Partial {
             (chunk::OFFSET_HOLE, Want::Bytes { .. }) if len == 12 => {
                 let (at, len) =
                     self.cover(fields.u64("offset", 0)?, fields.u32("length", 8)?.into())?;
-                Ok(Step::Zeroes { at, len })
+                match self.holes.last_mut() {
+                    Some((start, before)) if start.saturating_add(*before) == at => {
+                        *before = before.saturating_add(len);
+                    }
+                    _ => self.holes.push((at, len)),
+                }
+                Ok(Step::Taken)
             }
             (chunk::BLOCK_STATUS, Want::Status { context }) if style != Style::Extended => {
                 self.status(fields, (head.len(), 4, 4), context)?;
@@ -214,6 +228,9 @@ impl Partial {
             whole.1 = after;
         }
         self.covered.insert(whole.0, whole.1);
+        if self.covered.len().max(self.holes.len()) > MOST_PIECES {
+            return Err(Error::corrupt(format!("reply comes in more than {MOST_PIECES} pieces")));
+        }
         Ok((at, count))
     }
 
@@ -274,7 +291,7 @@ mod tests {
     fn chunks_in_any_order_make_a_reply() {
         let mut reply = bytes();
         let step = reply.chunk(Style::Structured, chunk::OFFSET_HOLE, &hole(1050, 50), 12).unwrap();
-        assert_eq!(step, Step::Zeroes { at: 50, len: 50 });
+        assert_eq!((step, reply.holes()), (Step::Taken, &[(50, 50)][..]));
         let step = reply
             .chunk(Style::Structured, chunk::OFFSET_DATA, &1000_u64.to_be_bytes(), 58)
             .unwrap();

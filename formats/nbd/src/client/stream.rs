@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Connecting, and the two directions of a connection.
 
+use super::ahead::Ahead;
 use crate::tls::{TlsReading, TlsWriting};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
     sockopt::{self, Timeout},
 };
 use std::fmt;
-use std::io::{self, BufReader, IoSlice, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -143,6 +144,10 @@ impl Read for Socket {
         let (received, _) = rustix::net::recv(&self.0, buf, RecvFlags::empty())?;
         Ok(received)
     }
+
+    fn read_vectored(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        Ok(rustix::io::readv(&self.0, bufs)?)
+    }
 }
 
 impl Write for Socket {
@@ -160,14 +165,10 @@ impl Write for Socket {
     }
 }
 
-/// Bytes that are asked for at once, so that a reply's head costs no call of its own; what
-/// is longer goes straight into its target.
-const AHEAD: usize = 16 << 10;
-
 /// What comes from the server.
 #[derive(Debug)]
 pub(super) enum Reading {
-    Plain(BufReader<Socket>),
+    Plain(Ahead<Socket>),
     Tls(Box<TlsReading<Socket>>),
 }
 
@@ -176,6 +177,16 @@ impl Read for Reading {
         match self {
             Self::Plain(socket) => socket.read(buf),
             Self::Tls(tls) => tls.read(buf),
+        }
+    }
+}
+
+impl Reading {
+    /// Bytes that can be read without waiting, as far as that is known.
+    pub(super) fn buffered(&self) -> &[u8] {
+        match self {
+            Self::Plain(socket) => socket.buffer(),
+            Self::Tls(_) => &[],
         }
     }
 }
@@ -226,7 +237,7 @@ pub(super) struct Duplex {
 impl Duplex {
     pub(super) fn plain(socket: &Socket) -> Result<Self> {
         Ok(Self {
-            reading: Reading::Plain(BufReader::with_capacity(AHEAD, socket.try_clone()?)),
+            reading: Reading::Plain(Ahead::new(socket.try_clone()?)),
             writing: Writing::Plain(socket.try_clone()?),
         })
     }
