@@ -25,6 +25,9 @@ pub enum ErrorKind {
     Busy,
     /// No space left where the bytes should go.
     NoSpace,
+    /// What was written since the last flush may be gone, and has to be written again; the
+    /// disk itself works.
+    Lost,
     /// The caller cancelled the operation.
     Cancelled,
     /// The operating system or a peer reported any other failure.

@@ -4,6 +4,7 @@
 
 mod combinations;
 mod packed;
+mod queued;
 
 use super::*;
 use crate::{Error, ErrorKind, Extent, ExtentKind, MemoryDevice, Zeroing};

@@ -65,7 +65,7 @@ impl Unflushed {
         match self.lost.take() {
             None => Ok(()),
             Some(writes) => Err(Error::new(
-                ErrorKind::Io,
+                ErrorKind::Lost,
                 format!(
                     "the NBD server went away and came back after it had acknowledged writes of \
                      {} bytes before byte {} and not flushed them: they may be lost and have to \

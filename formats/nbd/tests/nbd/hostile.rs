@@ -15,7 +15,7 @@ fn hole(offset: u64, len: u32) -> Vec<u8> {
     [&offset.to_be_bytes()[..], &len.to_be_bytes()].concat()
 }
 
-fn error(number: u32, text: &[u8], offset: Option<u64>) -> Vec<u8> {
+pub(crate) fn error(number: u32, text: &[u8], offset: Option<u64>) -> Vec<u8> {
     let len = u16::try_from(text.len()).unwrap();
     let mut bytes = [&number.to_be_bytes()[..], &len.to_be_bytes(), text].concat();
     bytes.extend(offset.iter().flat_map(|offset| offset.to_be_bytes()));
@@ -28,8 +28,9 @@ fn answer(answer: impl Fn(&Asked) -> Vec<u8> + Send + 'static) -> Answer {
     Box::new(answer)
 }
 
-/// What a read of 1024 bytes at 4096 says, with that for an answer.
-fn read_with(mode: Mode, answer: Answer) -> String {
+/// What a read of 1024 bytes at 4096 says, with that for an answer; by itself or with a
+/// queue.
+fn read_with(mode: Mode, is_queued: bool, answer: Answer) -> String {
     let (remote, server) = connect(mode, move |peer| {
         let asked = peer.request();
         assert_eq!((asked.command, asked.offset, asked.len), (0, 4096, 1024));
@@ -38,8 +39,18 @@ fn read_with(mode: Mode, answer: Answer) -> String {
         let _ = peer.0.shutdown(std::net::Shutdown::Write);
     });
     let remote = remote.unwrap();
-    let mut buf = [0xee; 1024];
-    let said = match remote.read_at(&mut buf, 4096) {
+    let mut buf = vec![0xee; 1024];
+    let read = if is_queued {
+        let queues = remote.read_queues();
+        queues[0].start(&[Span::new(4096, 1024)]).unwrap();
+        let (span, read) = queues[0].next(&mut buf).unwrap();
+        assert_eq!(span.start, 4096);
+        assert!(queues[0].next(&mut Vec::new()).is_none());
+        read
+    } else {
+        remote.read_at(&mut buf, 4096)
+    };
+    let said = match read {
         Ok(()) => format!("{} and {}", buf[0], buf[1023]),
         Err(error) => error.to_string(),
     };
@@ -167,9 +178,11 @@ fn lies() -> Vec<(Mode, &'static str, Answer)> {
 
 #[test]
 fn replies_that_do_not_fit_their_request_are_refused() {
-    for (number, (mode, expected, answer)) in lies().into_iter().enumerate() {
-        let said = read_with(mode, answer);
-        assert!(said.contains(expected), "case {number}, {expected}: {said}");
+    for is_queued in [false, true] {
+        for (number, (mode, expected, answer)) in lies().into_iter().enumerate() {
+            let said = read_with(mode, is_queued, answer);
+            assert!(said.contains(expected), "case {number}, {expected}: {said}");
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod images;
 mod listeners;
 mod matrix;
 mod oracle;
+mod queue;
 mod reconnect;
 mod remote;
 mod scripted;

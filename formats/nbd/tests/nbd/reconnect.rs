@@ -87,7 +87,7 @@ fn writes_are_repeated_and_the_next_flush_tells_what_may_be_lost() {
         }
     });
     let error = remote.flush().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Io);
+    assert_eq!(error.kind(), ErrorKind::Lost);
     assert!(error.message().contains("may be lost"), "{error}");
     remote.flush().unwrap();
     drop(remote);
