@@ -40,6 +40,9 @@ use tranship_formats::Staged;
 use watch::Watch;
 use word::{Side, Where};
 
+/// Times that a copy goes back to where it was the last time.
+const MOST_SETBACKS: u32 = 8;
+
 /// Bytes between two places from which a copy can go on after a kill.
 const CHECKPOINT: u64 = 256 << 20;
 
@@ -127,6 +130,8 @@ impl Job<'_> {
         let start = journal.as_ref().map_or(0, Journal::start);
         let sides = Sides {
             connections: [source.connections, target.connections].into_iter().flatten().min(),
+            from_server: source.connections.is_some(),
+            to_server: target.connections.is_some(),
             ordered: target.is_ordered(),
             nowhere: target.kind == "null",
         };
@@ -135,14 +140,18 @@ impl Job<'_> {
             target_is_zero: target.is_zero,
             offload: !sides.ordered && !sides.nowhere,
             flush: target.needs_flush,
-            checkpoint_every: if self.args.resume { CHECKPOINT } else { 0 },
+            checkpoint_every: if self.args.resume || self.repeats(&target) {
+                CHECKPOINT
+            } else {
+                0
+            },
             ..self.how.options(self.args, sides)
         };
         self.tell(&source, &target, &options);
         let hash = self.args.hash.as_deref();
         let watch = Watch::new((&self.progress, &self.cancel), size, hash, journal)?;
         let moved = match &source.bytes {
-            Bytes::Disk(disk) => copy_disk(disk, &target, &options, &watch),
+            Bytes::Disk(disk) => self.disk(disk, &target, &options, &watch),
             Bytes::Stream(input) => self.stream(input, &target, &options, &watch),
         };
         let (copied, size) = match moved {
@@ -215,6 +224,46 @@ impl Job<'_> {
         Ok(Some(Journal::open(path, asked, hash, is_there)))
     }
 
+    /// Whether what a server has lost is written again.
+    fn repeats(&self, target: &Target) -> bool {
+        target.is_bytes_of_server && !self.how.retry.is_zero()
+    }
+
+    /// Copies from a disk; also returns its size. What a server had acknowledged before it
+    /// went away and came back is written again, from the last flush on.
+    fn disk(
+        &self,
+        disk: &Arc<dyn BlockDevice>,
+        target: &Target,
+        options: &CopyOptions,
+        watch: &Watch<'_>,
+    ) -> Result<(Copied, u64), Failure> {
+        let size = disk.size();
+        let device = front(&target.device, size)?;
+        let mut options = *options;
+        let mut setbacks = 0;
+        loop {
+            let error = match copy(disk, &device, &options, watch) {
+                Ok(copied) => return Ok((copied, size)),
+                Err(error) => error,
+            };
+            if let Some(failure) = watch.failure() {
+                return Err(failure);
+            }
+            setbacks = if watch.reached() > options.start { 1 } else { setbacks + 1 };
+            let is_lost = error.kind() == tranship_block::ErrorKind::Lost;
+            if !is_lost || !self.repeats(target) || setbacks > MOST_SETBACKS {
+                return Err(error.into());
+            }
+            options.start = watch.reached();
+            tracing::warn!(%error, from = options.start, "copying again what may be lost");
+            if self.args.verbose {
+                let text = format!("copying again from byte {}: {error}", options.start);
+                stdout::complain(&text);
+            }
+        }
+    }
+
     /// Copies what comes out of `input`; also returns how many bytes that were.
     fn stream(
         &self,
@@ -282,26 +331,12 @@ impl Job<'_> {
         stdout::complain(&format!("source: {from}{})", told(source.connections)));
         let to = format!("{} ({}, reads as zero: {}", target.name, target.kind, target.is_zero);
         stdout::complain(&format!("destination: {to}{})", told(target.connections)));
-        let CopyOptions { threads, step, zero_block, .. } = options;
+        let CopyOptions { threads, in_flight, step, zero_block, .. } = *options;
+        let in_flight = in_flight.max(threads);
         stdout::complain(&format!(
-            "in flight: {threads} of {step} bytes; looks for zeroes of: {zero_block} bytes"
+            "in flight: {in_flight} of {step} bytes; threads: {threads}; looks for zeroes of: {zero_block} bytes"
         ));
     }
-}
-
-/// Copies from a disk; also returns its size.
-fn copy_disk(
-    disk: &Arc<dyn BlockDevice>,
-    target: &Target,
-    options: &CopyOptions,
-    watch: &Watch<'_>,
-) -> Result<(Copied, u64), Failure> {
-    let size = disk.size();
-    let device = front(&target.device, size)?;
-    let copied = copy(disk, &device, options, watch);
-    copied
-        .map(|copied| (copied, size))
-        .map_err(|error| watch.failure().unwrap_or_else(|| error.into()))
 }
 
 /// The first `size` bytes of a device.

@@ -15,11 +15,17 @@ pub(super) const HASH_CHUNK: u64 = 1 << 20;
 const SHORTEST_REQUEST: u64 = 4096;
 const LONGEST_REQUEST: u64 = 32 << 20;
 
-/// Requests to a server that are in flight by default: enough for a fast network, and few
-/// enough to stay in the processor's cache.
-const IN_FLIGHT: usize = 16;
+/// Requests to a server that are in flight by default: enough for a fast network.
+const IN_FLIGHT: usize = 32;
 
-/// Most requests in flight; each has a thread of its own.
+/// Requests of them that write: each has a buffer, and all should stay in the processor's
+/// cache.
+const WRITES: usize = 16;
+
+/// Connections by default, unless there are fewer processors.
+const CONNECTIONS: usize = 4;
+
+/// Most requests in flight; one that writes has a thread of its own.
 const MOST_IN_FLIGHT: usize = 256;
 
 /// A copy as it was asked for.
@@ -33,7 +39,6 @@ pub(super) struct How {
     pub(super) secrets: Secrets,
     requests: Option<usize>,
     threads: Option<usize>,
-    connections_given: bool,
     request_size: Option<u64>,
     queue_size: Option<u64>,
     /// Blocks of zeroes that become holes, if that was given.
@@ -46,6 +51,10 @@ pub(super) struct How {
 pub(super) struct Sides {
     /// The connections of the side that has fewer, if one of them is a server.
     pub(super) connections: Option<usize>,
+    /// The source is a server.
+    pub(super) from_server: bool,
+    /// The destination is a server, which takes many requests at a time.
+    pub(super) to_server: bool,
     /// The destination takes bytes in ascending order alone.
     pub(super) ordered: bool,
     /// Nobody looks at the bytes that are written.
@@ -63,12 +72,15 @@ impl How {
         let queue_size =
             args.queue_size.as_deref().map(|text| bytes("queue-size", text)).transpose()?;
         Ok(Self {
-            connections: if args.synchronous { 1 } else { connections.unwrap_or(4) },
+            connections: if args.synchronous {
+                1
+            } else {
+                connections.unwrap_or_else(usual_connections)
+            },
             retry: args.retry.unwrap_or_default(),
             secrets: secrets::parse(&args.object)?,
             requests,
             threads,
-            connections_given: connections.is_some(),
             request_size,
             queue_size,
             sparse,
@@ -93,13 +105,26 @@ impl How {
         let queue = self.queue_size.unwrap_or(16 << 20) / self.request(sides).max(1);
         let queued = usize::try_from(queue).unwrap_or(usize::MAX).max(1);
         let all = connections.max(1).saturating_mul(self.requests.unwrap_or(64).min(queued));
-        let asked = self.requests.is_some() || self.connections_given || self.queue_size.is_some();
+        let asked = self.requests.is_some() || self.queue_size.is_some();
         let most = match self.threads {
-            Some(threads) => threads,
-            None if asked => MOST_IN_FLIGHT,
-            None => IN_FLIGHT,
+            Some(threads) if !sides.from_server => threads,
+            _ if asked => MOST_IN_FLIGHT,
+            _ if sides.to_server && !sides.from_server => WRITES,
+            _ => IN_FLIGHT,
         };
         all.min(most).clamp(1, MOST_IN_FLIGHT)
+    }
+
+    /// Threads that work on what has come from a source with more requests in flight.
+    fn workers(&self, sides: Sides) -> usize {
+        let most = self.in_flight(sides);
+        let asked = self.threads.or(self.requests.map(|_| MOST_IN_FLIGHT));
+        match sides {
+            Sides { connections: None, .. } => most,
+            Sides { to_server: true, .. } => asked.unwrap_or(WRITES).min(most),
+            Sides { nowhere: true, .. } => self.threads.unwrap_or(1).min(most),
+            _ => self.threads.unwrap_or(CopyOptions::default().threads).min(most),
+        }
     }
 
     /// The copy engine's part.
@@ -109,7 +134,8 @@ impl How {
         // Where all bytes have to be written one by one, looking for zeroes gains nothing.
         let looks = self.sparse.unwrap_or(if sides.ordered || sides.nowhere { 0 } else { 4096 });
         CopyOptions {
-            threads: self.in_flight(sides),
+            threads: self.workers(sides),
+            in_flight: if sides.connections.is_some() { self.in_flight(sides) } else { 0 },
             chunk: request,
             // A file is read in steps that stay in the processor's cache, and written whole.
             step: if self.request_size.is_some() || sides.connections.is_some() {
@@ -125,6 +151,11 @@ impl How {
             ..usual
         }
     }
+}
+
+/// More connections than processors only wait for each other.
+fn usual_connections() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(CONNECTIONS)
 }
 
 fn could_not_parse(option: &str, text: &str) -> Failure {
@@ -182,7 +213,13 @@ mod tests {
         }
     }
 
-    const FILES: Sides = Sides { connections: None, ordered: false, nowhere: false };
+    const FILES: Sides = Sides {
+        connections: None,
+        from_server: false,
+        to_server: false,
+        ordered: false,
+        nowhere: false,
+    };
 
     #[test]
     fn mistakes_are_told_as_nbdcopy_tells_them() {
@@ -202,22 +239,33 @@ mod tests {
 
     #[test]
     fn what_is_in_flight_is_bounded_by_everything() {
-        let server = |connections| Sides { connections: Some(connections), ..FILES };
-        for (words, sides, expected) in [
-            ("", server(4), 16),
-            ("", server(1), 16),
-            ("-R 1", server(4), 4),
-            ("-R 64", server(1), 64),
-            ("-C 8 -R 64", server(8), 256),
-            ("-T 3", server(4), 3),
-            ("--queue-size 1M", server(1), 4),
-            ("--queue-size 1", server(1), 1),
-            ("--request-size 1M --queue-size 4M", server(2), 8),
-            ("--synchronous", server(1), 1),
-            ("-T 3", FILES, 3),
+        let to = |count| Sides { connections: Some(count), to_server: true, ..FILES };
+        let from = |count| Sides { connections: Some(count), from_server: true, ..FILES };
+        let both = Sides { to_server: true, ..from(2) };
+        let nowhere = Sides { nowhere: true, ..from(2) };
+        let local = CopyOptions::default().threads;
+        for (words, sides, requests, workers) in [
+            ("", to(4), 16, 16),
+            ("-C 1", to(1), 16, 16),
+            ("", from(1), 32, local),
+            ("", both, 32, 16),
+            ("", nowhere, 32, 1),
+            ("-R 1", to(4), 4, 4),
+            ("-R 64", to(1), 64, 64),
+            ("-R 64", from(1), 64, local),
+            ("-R 64", both, 128, 128),
+            ("-C 8 -R 64", to(8), 256, 256),
+            ("-T 3", to(4), 3, 3),
+            ("-T 3", from(1), 32, 3),
+            ("--queue-size 1M", to(1), 4, 4),
+            ("--queue-size 1", from(1), 1, 1),
+            ("--request-size 1M --queue-size 4M", to(2), 8, 8),
+            ("--synchronous", from(1), 1, 1),
+            ("-T 3", FILES, 3, 3),
         ] {
             let how = How::new(&args(words)).unwrap();
-            assert_eq!(how.in_flight(sides), expected, "{words} {sides:?}");
+            let found = (how.in_flight(sides), how.workers(sides));
+            assert_eq!(found, (requests, workers), "{words} {sides:?}");
         }
     }
 

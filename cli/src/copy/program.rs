@@ -40,7 +40,8 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// Starts the server.
+    /// Starts the server. It is asked to end when the thread that starts it has ended, even
+    /// if that was killed: call this on the main thread.
     pub(super) fn start(words: &[OsString]) -> Result<Self, Failure> {
         let name = words.first().map(|name| name.to_string_lossy().into_owned());
         let name = name.unwrap_or_default();
@@ -53,15 +54,26 @@ impl Program {
         let listener =
             UnixListener::bind(&socket).map_err(|error| failed("making a socket", &error))?;
         // Our end is closed with the command below: then only the server can answer.
-        let child = Command::new("/bin/sh")
+        let mut command = Command::new("/bin/sh");
+        command
             .args(["-c", BECOME, "sh"])
             .args(words)
             .stdin(Stdio::from(OwnedFd::from(listener)))
             .stdout(Stdio::null())
             // A signal from the terminal is for us: the server has to live until we leave.
-            .process_group(0)
-            .spawn()
-            .map_err(|error| failed("starting the server", &error))?;
+            .process_group(0);
+        let parent = rustix::process::getpid();
+        let ends_with_us = move || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+            match rustix::process::getppid() {
+                Some(pid) if pid == parent => Ok(()),
+                _ => Err(std::io::ErrorKind::Interrupted.into()),
+            }
+        };
+        // SAFETY: between fork and exec the closure makes two system calls; it neither
+        // allocates nor takes a lock.
+        unsafe { command.pre_exec(ends_with_us) };
+        let child = command.spawn().map_err(|error| failed("starting the server", &error))?;
         tracing::debug!(name, pid = child.id(), "started a server");
         Ok(Self { name, child, socket, _folder: folder })
     }

@@ -39,6 +39,8 @@ pub(super) struct Target {
     pub(super) needs_flush: bool,
     /// Connections to its server, if it has one.
     pub(super) connections: Option<usize>,
+    /// It is the bytes of a server's export, and nothing else has to fit what is in them.
+    pub(super) is_bytes_of_server: bool,
     pub(super) meter: DiskMeter,
     /// A file that gets as long as what is copied into it.
     pub(super) growing: Option<Arc<RawFile>>,
@@ -192,7 +194,9 @@ impl Wanted<'_> {
                     server::open(&spec, self.how, &opening)?;
                 let is_zero = self.reads_zero(&*device)?;
                 let connections = Some(connections);
-                Ok(Target { is_zero, connections, ..target("server", device) })
+                let is_bytes_of_server = matches!(format, None | Some(Format::Raw));
+                let found = target("server", device);
+                Ok(Target { is_zero, connections, is_bytes_of_server, ..found })
             }
             (Where::Program(words), _) => {
                 let mut program = Program::start(&words)?;
@@ -224,6 +228,7 @@ impl Wanted<'_> {
             is_zero: self.args.destination_is_zero,
             needs_flush: true,
             connections: None,
+            is_bytes_of_server: false,
             meter: meter.clone(),
             growing: None,
             new: None,

@@ -26,6 +26,10 @@ pub(super) struct Watch<'a> {
 struct Kept {
     manifest: Option<Manifest>,
     journal: Option<Journal>,
+    /// Everything below this is on stable storage.
+    reached: u64,
+    /// Hashes of chunks below this number are written down.
+    hashed: u64,
     /// What went wrong here; the copy ends then.
     failure: Option<Failure>,
 }
@@ -58,7 +62,8 @@ impl<'a> Watch<'a> {
                 Some(Manifest::Written { path: path.to_owned(), writer })
             }
         };
-        let kept = Kept { manifest, journal, failure: None };
+        let reached = journal.as_ref().map_or(0, Journal::start);
+        let kept = Kept { manifest, journal, reached, hashed: 0, failure: None };
         Ok(Self { progress, cancel, total, kept: Mutex::new(kept) })
     }
 
@@ -69,6 +74,11 @@ impl<'a> Watch<'a> {
     /// What went wrong here and ended the copy.
     pub(super) fn failure(&self) -> Option<Failure> {
         self.kept().failure.take()
+    }
+
+    /// Everything below this byte is on stable storage.
+    pub(super) fn reached(&self) -> u64 {
+        self.kept().reached
     }
 
     /// The copy of a disk of `size` bytes is complete: gives the manifest its name, and
@@ -149,6 +159,7 @@ impl CopyObserver for Watch<'_> {
 
     fn checkpoint(&self, offset: u64) {
         let mut kept = self.kept();
+        kept.reached = offset;
         // Hashes of what is below the checkpoint have to be there before it counts.
         let flushed = match &mut kept.manifest {
             Some(Manifest::Written { writer, .. }) => writer.flush(),
@@ -169,6 +180,11 @@ impl CopyObserver for Watch<'_> {
 
     fn hashed(&self, chunk: HashedChunk) {
         let mut kept = self.kept();
+        if chunk.index < kept.hashed {
+            // Copied once more, after the first copy was lost.
+            return;
+        }
+        kept.hashed = chunk.index.saturating_add(1);
         let pushed = match &mut kept.manifest {
             Some(Manifest::Written { writer, .. }) => writer.push(&chunk),
             Some(Manifest::Collected { chunks, .. }) => {

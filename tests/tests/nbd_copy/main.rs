@@ -7,6 +7,7 @@ mod beside;
 mod faults;
 mod ours;
 mod resume;
+mod returning;
 mod servers;
 #[path = "../support/mod.rs"]
 mod support;
