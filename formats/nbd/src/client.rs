@@ -95,7 +95,8 @@ pub struct Retry {
     ///
     /// All requests can be repeated, as long as nobody else writes to the same place. What
     /// the server had acknowledged and not flushed may be lost if it is not the same
-    /// process any more (which is known for Unix sockets alone): the next flush fails then.
+    /// process any more (which is known for Unix sockets alone): the next flush fails then
+    /// with [`ErrorKind::Lost`].
     ///
     /// The first connection is waited for as long. A read or write that the server answers
     /// with an I/O error is repeated twice, and a read then in halves, until the error is
@@ -330,26 +331,29 @@ impl Remote {
     fn read_in_spite_of(&self, error: Error, buf: &mut [u8], offset: u64) -> Result<()> {
         let read = self.in_spite_of(error, || self.read_once(buf, offset));
         read.or_else(|error| match error.kind() {
-            ErrorKind::Io if !self.retry.budget.is_zero() => self.narrowed(&error, buf, offset),
+            ErrorKind::Io if !self.retry.budget.is_zero() => self.narrowed(error, buf, offset),
             _ => Err(error),
         })
     }
 
     /// Reads in ever smaller parts, so that the error is about those bytes alone that the
     /// server really does not have.
-    fn narrowed(&self, error: &Error, buf: &mut [u8], offset: u64) -> Result<()> {
+    fn narrowed(&self, error: Error, buf: &mut [u8], offset: u64) -> Result<()> {
         let unit = usize::try_from(self.facts.min_block).unwrap_or(usize::MAX).max(SMALLEST_READ);
         let half = buf.len().checked_div(2).and_then(|half| half.checked_next_multiple_of(unit));
         let len = buf.len();
         let parts = half.filter(|half| *half < len).and_then(|half| buf.split_at_mut_checked(half));
         let Some((low, high)) = parts else {
-            let text = format!("{} (a read of {len} bytes)", error.message());
-            return Err(Error::new(error.kind(), text).at(offset));
+            let latest = self.in_spite_of(error, || self.read_once(buf, offset));
+            return latest.map_err(|error| {
+                let text = format!("{} (a read of {len} bytes)", error.message());
+                Error::new(error.kind(), text).at(offset)
+            });
         };
         let middle = offset.saturating_add(length(low));
         for (part, at) in [(low, offset), (high, middle)] {
             match self.read_once(part, at) {
-                Err(error) if error.kind() == ErrorKind::Io => self.narrowed(&error, part, at)?,
+                Err(error) if error.kind() == ErrorKind::Io => self.narrowed(error, part, at)?,
                 other => other?,
             }
         }

@@ -46,11 +46,13 @@ impl Connection {
     /// Waits for the reply to `cookie`, reading as long as nobody else does.
     pub(super) fn wait(&self, cookie: u64, buf: &mut [u8]) -> std::result::Result<Runs, Failure> {
         let mut slots = self.slots();
+        let mut was_woken = false;
         loop {
             let is_broken = slots.broken.is_some();
             if slots.waiting.get(&cookie).is_none_or(|slot| slot.is_done || is_broken) {
                 let slot = slots.waiting.remove(&cookie).filter(|slot| slot.is_done);
                 let failure = slots.broken.as_ref().map(Broken::failure);
+                slots.leave(was_woken);
                 drop(slots);
                 return match slot {
                     Some(slot) => slot.finish(buf),
@@ -61,9 +63,14 @@ impl Connection {
                 slots.turn = Turn::Somebody;
                 drop(slots);
                 self.read(&mut Reader::Owner { cookie, buf });
+                was_woken = false;
             } else {
+                if let Some(slot) = slots.waiting.get_mut(&cookie) {
+                    slot.is_awaited = true;
+                }
                 drop(slots);
                 thread::park();
+                was_woken = true;
             }
             slots = self.slots();
         }
@@ -78,10 +85,12 @@ impl Connection {
     ) -> Option<(Span, std::result::Result<(), Failure>)> {
         let own = thread::current();
         let mut slots = self.slots();
+        let mut was_woken = false;
         loop {
             slots.idle.retain(|thread| thread.id() != own.id());
             if let Some((cookie, mut slot)) = slots.take_from_queue(number) {
                 let failure = slots.broken.as_ref().map(Broken::failure);
+                slots.leave(was_woken);
                 drop(slots);
                 let Want::Bytes { offset, len } = slot.reply.want else { return None };
                 let span = Span::new(offset, u64::try_from(len).unwrap_or(u64::MAX));
@@ -97,16 +106,19 @@ impl Connection {
             if !slots.has_queued(number) {
                 // Those who wait for the same have to learn it as well.
                 slots.idle.drain(..).for_each(|thread| thread.unpark());
+                slots.leave(was_woken);
                 return None;
             }
             if slots.turn == Turn::Nobody {
                 slots.turn = Turn::Somebody;
                 drop(slots);
                 self.read(&mut Reader::Queue { number, spare: &mut *buf });
+                was_woken = false;
             } else {
                 slots.idle.push(own.clone());
                 drop(slots);
                 thread::park();
+                was_woken = true;
             }
             slots = self.slots();
         }

@@ -59,6 +59,8 @@ pub(super) struct Slot {
     pub(super) bytes: Option<Vec<u8>>,
     /// Where `bytes` has something, if not everywhere.
     pub(super) parts: Vec<(usize, usize)>,
+    /// Its thread has sent the request and does nothing else any more.
+    pub(super) is_awaited: bool,
     pub(super) is_done: bool,
 }
 
@@ -73,7 +75,8 @@ pub(super) enum Owner {
 
 impl Slot {
     pub(super) fn new(reply: Partial, owner: Owner) -> Self {
-        Self { reply, owner, bytes: None, parts: Vec::new(), is_done: false }
+        let (bytes, parts) = (None, Vec::new());
+        Self { reply, owner, bytes, parts, is_awaited: false, is_done: false }
     }
 
     /// The end of a reply whose bytes are in `buf`, but for those that are still here.
@@ -125,22 +128,30 @@ impl Slots {
             .any(|slot| matches!(slot.owner, Owner::Queue(number) if number == queue))
     }
 
-    /// Lets somebody else read, if anybody waits: best the one whose reply comes next.
+    /// Lets somebody else read, if anybody waits: best the one whose reply comes next. It
+    /// has to be one who does wait, as a request may be stuck until somebody has read.
     pub(super) fn pass_on(&mut self) {
         self.turn = Turn::Nobody;
         let mut in_flight = self.waiting.values().filter(|slot| !slot.is_done);
-        let oldest = in_flight.next();
-        let thread = match oldest.map(|slot| &slot.owner) {
+        let is_first = |slot: &&Slot| matches!(slot.owner, Owner::Queue(_)) || slot.is_awaited;
+        let thread = match in_flight.find(is_first).map(|slot| &slot.owner) {
             Some(Owner::Thread(thread)) => Some(thread.clone()),
             _ => self.idle.pop().or_else(|| {
                 in_flight.find_map(|slot| match &slot.owner {
-                    Owner::Thread(thread) => Some(thread.clone()),
-                    Owner::Queue(_) => None,
+                    Owner::Thread(thread) if slot.is_awaited => Some(thread.clone()),
+                    _ => None,
                 })
             }),
         };
         if let Some(thread) = thread {
             thread.unpark();
+        }
+    }
+
+    /// Somebody has what it waited for. If it was woken to read and did not, another has to.
+    pub(super) fn leave(&mut self, was_woken: bool) {
+        if was_woken && self.turn == Turn::Nobody {
+            self.pass_on();
         }
     }
 
