@@ -26,6 +26,7 @@ use how::{How, Sides};
 use journal::{Asked, Journal};
 use progress::Progress;
 use source::{Bytes, Source};
+use std::error::Error as _;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -256,10 +257,11 @@ impl Job<'_> {
                 return Err(error.into());
             }
             options.start = watch.reached();
-            tracing::warn!(%error, from = options.start, "copying again what may be lost");
+            let from = options.start;
+            let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+            tracing::warn!(from, cause, "copying again what may be lost");
             if self.args.verbose {
-                let text = format!("copying again from byte {}: {error}", options.start);
-                stdout::complain(&text);
+                stdout::complain(&format!("copying again from byte {from}: {cause}"));
             }
         }
     }

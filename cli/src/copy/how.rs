@@ -47,6 +47,7 @@ pub(super) struct How {
 }
 
 /// What decides how the bytes move.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sides {
     /// The connections of the side that has fewer, if one of them is a server.

@@ -45,6 +45,9 @@ serve() {
 }
 serve nbdkit.sock nbdkit -f -U "$folder/nbdkit.sock" file disk
 serve nbdkit-target.sock nbdkit -f -U "$folder/nbdkit-target.sock" memory "${MIB}M"
+serve ours.sock "$tranship" serve -t -r -e 8 -k "$folder/ours.sock" -f raw disk
+truncate -s "${MIB}M" ours-target
+serve ours-target.sock "$tranship" serve -t -e 8 -k "$folder/ours-target.sock" -f raw ours-target
 serve qemu.sock qemu-nbd -t -r -e 8 -k "$folder/qemu.sock" -f raw disk
 serve qcow2.sock qemu-nbd -t -r -e 8 -k "$folder/qcow2.sock" -f qcow2 disk.qcow2
 uri() { printf 'nbd+unix:///?socket=%s/%s.sock' "$folder" "$1"; }
@@ -73,13 +76,18 @@ job() {
 
 job 'file to null:' disk null:
 job 'file to file' disk target
-job 'nbdkit to null:' "$(uri nbdkit)" null:
-job 'nbdkit to null:, -C 1' -C 1 "$(uri nbdkit)" null:
-job 'nbdkit to file' "$(uri nbdkit)" target
-job 'qemu-nbd to null:' "$(uri qemu)" null:
-job 'qemu-nbd to file' "$(uri qemu)" target
-job 'qemu-nbd qcow2 to file' "$(uri qcow2)" target
-job 'file to nbdkit' disk "$(uri nbdkit-target)"
+for server in ours nbdkit qemu; do
+    job "$server to null:" "$(uri $server)" null:
+    job "$server to null:, -C 1" -C 1 "$(uri $server)" null:
+    job "$server to file" "$(uri $server)" target
+    job "$server to file, -C 1" -C 1 "$(uri $server)" target
+done
+job 'qemu, 4 KiB requests' --request-size=4096 -C 1 "$(uri qemu)" null:
+job 'qemu qcow2 to file' "$(uri qcow2)" target
+for server in ours nbdkit; do
+    job "file to $server" disk "$(uri $server-target)"
+    job "file to $server, -C 1" -C 1 disk "$(uri $server-target)"
+done
 job 'nbdkit to nbdkit' "$(uri nbdkit)" "$(uri nbdkit-target)"
 
 {
