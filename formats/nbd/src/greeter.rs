@@ -194,9 +194,20 @@ impl Shared {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => {
                         tracing::warn!(%error, "cannot accept a client");
+                        self.dismiss_silent();
                         pause = Some(ACCEPT_PAUSE);
                     }
                 }
+            }
+        }
+    }
+
+    /// Where descriptors or memory are short, those who connect and do not say what they want
+    /// give theirs to those who wait.
+    fn dismiss_silent(&self) {
+        for client in self.clients().connected.values() {
+            if !client.greeted && client.since.elapsed() >= LONG_HANDSHAKE {
+                client.socket.shutdown(Shutdown::Both);
             }
         }
     }

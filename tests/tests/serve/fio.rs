@@ -36,7 +36,16 @@ const JOBS: &str = "
 ";
 
 fn job_file(engine: &str, jobs: &str) -> String {
-    let global = "thread=1\ngroup_reporting=1\niodepth=16\nverify=crc32c\nverify_fatal=1\nfsync=32";
+    let global = [
+        "thread=1",
+        "group_reporting=1",
+        "iodepth=16",
+        "verify=crc32c",
+        "verify_fatal=1",
+        "verify_state_save=0",
+        "fsync=32",
+    ];
+    let global = global.join("\n");
     format!("[global]\n{engine}\n{global}\n[kept]\n{jobs}")
 }
 
