@@ -57,10 +57,8 @@ impl Encryption {
             }
             (Some(id), None) => {
                 let x509 = objects.credentials(id).map_err(not_got)?;
-                let tls = x509.server().map_err(|failure| match x509.is_server {
-                    true => failure,
-                    false => not_got(failure),
-                })?;
+                let of = |failure| if x509.is_server { failure } else { not_got(failure) };
+                let tls = x509.server().map_err(of)?;
                 (tls, x509.folder.clone())
             }
             (None, Some(folder)) => {
@@ -96,10 +94,8 @@ pub(super) fn of_client(args: &ServeArgs) -> Result<Option<ClientTls>, Failure> 
     };
     let objects = Objects::of(&args.object)?;
     let x509 = objects.credentials(id).map_err(not_got)?;
-    let tls = x509.client().map_err(|failure| match x509.is_server {
-        true => not_got(failure),
-        false => failure,
-    })?;
+    let of = |failure| if x509.is_server { not_got(failure) } else { failure };
+    let tls = x509.client().map_err(of)?;
     Ok(Some(match &args.tls_hostname {
         Some(hostname) => tls.for_host(hostname),
         None => tls,

@@ -10,6 +10,9 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+/// Bytes of a file that are encrypted together: four records.
+const RECORDS: usize = 64 << 10;
+
 /// One call of `sendfile` moves no more than this.
 const MOST_SENT: u64 = 1 << 30;
 
@@ -123,7 +126,7 @@ impl Write for Deadline<'_> {
 
 /// Where replies go.
 pub(crate) trait Output: Write + Send {
-    /// Whether [`Self::send_file`] can do anything.
+    /// Whether [`Self::send_file`] does more than nothing.
     fn takes_files(&self) -> bool {
         false
     }
@@ -218,11 +221,13 @@ pub(crate) struct Sealed<'a> {
     writing: TlsWriting<Deadline<'a>>,
     /// Nothing more can be said after a failed send.
     is_broken: bool,
+    /// Bytes of files on their way.
+    piece: Vec<u8>,
 }
 
 impl<'a> Sealed<'a> {
     pub(crate) fn new(writing: TlsWriting<Deadline<'a>>) -> Self {
-        Self { writing, is_broken: false }
+        Self { writing, is_broken: false, piece: Vec::new() }
     }
 
     /// The handshake is over.
@@ -245,7 +250,46 @@ impl Write for Sealed<'_> {
     }
 }
 
-impl Output for Sealed<'_> {}
+impl Output for Sealed<'_> {
+    fn takes_files(&self) -> bool {
+        true
+    }
+
+    /// The bytes come through memory, in pieces that are encrypted and sent while they are
+    /// in the processor's cache.
+    fn send_file(
+        &mut self,
+        mut head: &[u8],
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<u64> {
+        let mut piece = std::mem::take(&mut self.piece);
+        piece.resize(RECORDS, 0);
+        let mut gone = 0_u64;
+        while gone < len {
+            let left = usize::try_from(len.saturating_sub(gone)).unwrap_or(usize::MAX);
+            // With the head, the records are full.
+            let room = RECORDS.saturating_sub(head.len()).clamp(1, RECORDS).min(left);
+            let bytes = piece.get_mut(..room).unwrap_or_default();
+            let read = match rustix::io::pread(file, bytes, offset.saturating_add(gone)) {
+                // The file's own trouble.
+                Ok(0) => break,
+                Ok(read) => read,
+                Err(Errno::INTR) => continue,
+                Err(_) => break,
+            };
+            crate::reply::send(self, head, piece.get(..read).unwrap_or_default())?;
+            head = &[];
+            gone = gone.saturating_add(u64::try_from(read).unwrap_or(u64::MAX));
+        }
+        self.piece = piece;
+        if !head.is_empty() {
+            self.write_all(head)?;
+        }
+        Ok(gone)
+    }
+}
 
 impl Drop for Sealed<'_> {
     fn drop(&mut self) {

@@ -37,7 +37,7 @@ mkdir -p pki
     openssl req -x509 "${key[@]}" -days 2 -keyout ca-key.pem -out ca-cert.pem -subj /CN=authority \
         -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign
     for side in server client; do
-        printf '%s\n' basicConstraints=CA:FALSE keyUsage=critical,digitalSignature \
+        printf '%s\n' basicConstraints=CA:FALSE keyUsage=critical,digitalSignature,keyEncipherment \
             "extendedKeyUsage=${side}Auth" subjectAltName=DNS:localhost >extensions
         openssl req -new "${key[@]}" -keyout $side-key.pem -out $side.csr -subj /CN=$side
         openssl x509 -req -in $side.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -days 2 \

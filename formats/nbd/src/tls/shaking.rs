@@ -171,8 +171,8 @@ fn encode<Data>(mut data: EncodeTlsData<'_, Data>, outgoing: &mut Vec<u8>) -> Re
             Err(EncodeError::AlreadyEncoded) => break,
         }
     }
-    outgoing.truncate(at);
-    Ok(())
+    let text = "the TLS handshake failed: a message cannot be written";
+    Err(Error::new(ErrorKind::Denied, text))
 }
 
 /// Sends what a side that has failed still has to say.

@@ -65,12 +65,11 @@ pub(super) fn of(certificate: &[u8]) -> Option<String> {
             text.push('=');
             let encoded = attribute.0;
             let (tag, value) = attribute.next()?;
-            match readable(tag, value) {
-                Some(value) => push_escaped(&mut text, &value),
-                None => {
-                    text.push('#');
-                    push_hex(&mut text, encoded)?;
-                }
+            if let Some(value) = readable(tag, value) {
+                push_escaped(&mut text, &value);
+            } else {
+                text.push('#');
+                push_hex(&mut text, encoded)?;
             }
         }
     }

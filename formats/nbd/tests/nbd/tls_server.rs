@@ -7,6 +7,9 @@ use crate::client::{
 use crate::foreign::{SIZE, text};
 use crate::remote::{options, work};
 use crate::tls::{Certificates, encrypted, openssl};
+use rustls::crypto::ring;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -223,6 +226,39 @@ fn a_farewell_is_answered_by_the_end_of_tls() {
     assert_eq!(reading.read(&mut [0; 1]).unwrap(), 0);
     // One record of two bytes, its type and the tag of the cipher.
     assert_eq!(seen.lock().unwrap().len() - before, 5 + 2 + 1 + 16);
+}
+
+#[test]
+fn keys_are_renewed_while_requests_go_on() {
+    let Some(certificates) = Certificates::make() else { return };
+    let place = serve_with(certificates.server("good", false), true, Limits::default());
+    let mut roots = rustls::RootCertStore::empty();
+    let ca = certificates.folder("good").join("ca-cert.pem");
+    roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
+    let config = rustls::ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = "localhost".try_into().unwrap();
+    let connection = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut stream = rustls::StreamOwned::new(connection, started(&place).0);
+    let option = [b"IHAVEOPT", &7u32.to_be_bytes()[..], &9u32.to_be_bytes(), &info("vda", &[])];
+    stream.write_all(&option.concat()).unwrap();
+    stream.read_exact(&mut [0; 20 + 12 + 20 + 14 + 20]).unwrap();
+    for round in 0..6_u64 {
+        if round % 2 == 1 {
+            // Wants new keys of the server as well, and reads what comes under them.
+            stream.conn.refresh_traffic_keys().unwrap();
+        }
+        let len = 300_000_u32;
+        stream.write_all(&header(0, 0, round, 4096, len)).unwrap();
+        let mut reply = vec![0; 16 + 300_000];
+        stream.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[4..8], [0; 4]);
+        assert_eq!(reply[8..16], round.to_be_bytes());
+        assert!(reply[16..].iter().all(|byte| *byte == 1));
+    }
 }
 
 #[test]
