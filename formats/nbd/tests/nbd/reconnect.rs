@@ -178,6 +178,38 @@ fn requests_are_repeated_after_half_a_reply_and_after_a_shutdown() {
     assert_eq!(server.join().unwrap(), [[(0, 4096, 1024); 4].as_slice(), &[(3, 0, 0)]].concat());
 }
 
+#[test]
+fn a_write_that_fails_is_repeated_unless_there_is_no_space() {
+    for (number, budget, expected) in [(5, 5, 2), (5, 0, 1), (28, 5, 1)] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let mut peer = Peer(listener.accept().unwrap().0);
+            peer.hello();
+            peer.negotiate(Mode::Structured, 1 << 20, 0x46d);
+            let mut writes = 0;
+            loop {
+                let asked = peer.request();
+                if asked.command == 2 {
+                    return writes;
+                }
+                let mut payload = [0; 512];
+                std::io::Read::read_exact(&mut peer.0, &mut payload).unwrap();
+                assert_eq!((asked.command, asked.offset, payload), (1, 4096, [7; 512]));
+                peer.say(&simple(asked.cookie, if writes == 0 { number } else { 0 }));
+                writes += 1;
+            }
+        });
+        let one = ClientOptions { connections: 1, ..patient(budget) };
+        let remote = Remote::connect(&Address::Unix(path), &one).unwrap();
+        let written = remote.write_at(&[7; 512], 4096);
+        assert_eq!(written.is_ok(), expected == 2, "{number}");
+        drop(remote);
+        assert_eq!(server.join().unwrap(), expected, "{number}");
+    }
+}
+
 /// ESHUTDOWN.
 fn simple_error(cookie: u64) -> Vec<u8> {
     chunk(cookie, 1, 0x8001, &[&108_u32.to_be_bytes()[..], &[0, 4], b"soon"].concat())
