@@ -39,7 +39,7 @@ fn claim(signal: c_int) -> bool {
 }
 
 /// Lets the calling thread be interrupted, whatever mask it has inherited.
-pub(crate) fn accept_kicks() {
+pub fn accept_kicks() {
     if let Some(signal) = signal() {
         // SAFETY: the set is a local that sigemptyset initialises before it is used, and
         // only this thread's mask changes.
@@ -55,7 +55,7 @@ pub(crate) fn accept_kicks() {
 /// Interrupts the system call that `thread` is in, if any.
 ///
 /// A kick that comes just before the call is lost: repeat it until the thread has ended.
-pub(crate) fn kick<T>(thread: &JoinHandle<T>) {
+pub fn kick<T>(thread: &JoinHandle<T>) {
     if let Some(signal) = signal() {
         // SAFETY: the handle is borrowed, so the thread is neither joined nor detached
         // and its identifier is valid; the signal has our handler.

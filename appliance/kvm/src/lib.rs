@@ -10,7 +10,7 @@ compile_error!("the micro-guest is x86-64 code");
 
 mod failure;
 mod guest;
-mod kick;
+pub mod kick;
 mod machine;
 
 pub use failure::Cause;

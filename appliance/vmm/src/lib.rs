@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A minimal virtual machine monitor for the appliance.
+//!
+//! It boots the uncompressed kernel of a distribution by Linux' 64-bit boot protocol and
+//! gives it what those kernels have drivers for and nothing else: hardware-reduced ACPI, PCI
+//! with MSI-X, virtio disks, a virtio console with named ports, entropy, and a serial line
+//! for last words. Disks are any [`tranship_block::BlockDevice`], served by threads of their
+//! own in this process.
+#![cfg(target_arch = "x86_64")]
+
+mod acpi;
+mod board;
+pub mod child;
+pub mod confine;
+mod cpu;
+mod error;
+mod kernel;
+mod layout;
+mod machine;
+mod memory;
+mod pci;
+mod processors;
+mod serial;
+mod virtio;
+
+pub use board::Ending;
+pub use error::{Error, Result};
+pub use machine::{Disk, MOST_PROCESSORS, Machine, Parts};
+pub use memory::{Backing, Memory, Ram};

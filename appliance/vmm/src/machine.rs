@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! A machine from its parts to its end.
+
+use crate::board::{Board, Ending};
+use crate::memory::{Backing, Memory};
+use crate::pci::msix::MessageSink;
+use crate::pci::{Address, MOST_DEVICES};
+use crate::processors::Processors;
+use crate::virtio::VirtioDevice;
+use crate::virtio::blk::{Blk, Presentation};
+use crate::virtio::console::{Console, Port};
+use crate::virtio::rng::Rng;
+use crate::virtio::transport::{Doorbells, Function};
+use crate::virtio::worker::Spawner;
+use crate::{Error, Result, acpi, cpu, kernel, layout};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use std::fs::File;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+use tranship_block::BlockDevice;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+/// The most processors: the appliance has no use for more.
+pub const MOST_PROCESSORS: u8 = 8;
+
+/// A disk of the machine.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    /// Its contents.
+    pub device: Arc<dyn BlockDevice>,
+    /// At most 20 bytes by which the guest knows it.
+    pub serial: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether the guest's flushes reach it.
+    pub durable: bool,
+    /// Logical sector size in bytes that the guest sees: 512 or 4096.
+    pub sector_size: u32,
+}
+
+/// Everything that a machine is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The kernel as an uncompressed ELF file.
+    pub kernel: File,
+    /// Its initramfs.
+    pub initramfs: File,
+    /// Its command line, at most 2047 bytes.
+    pub command_line: String,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// What the memory is made of.
+    pub backing: Backing,
+    /// Processors, at most [`MOST_PROCESSORS`].
+    pub processors: u8,
+    /// The disks in order.
+    pub disks: Vec<Disk>,
+    /// Byte streams under their names.
+    pub ports: Vec<(String, UnixStream)>,
+    /// Where the console prints to.
+    pub console: File,
+}
+
+/// A machine that is ready to run or runs.
+#[derive(Debug)]
+pub struct Machine {
+    board: Arc<Board>,
+    processors: Processors,
+    /// The guest's memory goes last: the virtual machine uses it.
+    _memory: Memory,
+}
+
+/// Interrupt messages go to KVM at once, without a route for each.
+#[derive(Debug)]
+struct Messages(Arc<VmFd>);
+
+impl MessageSink for Messages {
+    fn send(&self, address: u64, data: u32) {
+        let [a0, a1, a2, a3, b0, b1, b2, b3] = address.to_le_bytes();
+        let message = kvm_msi {
+            address_lo: u32::from_le_bytes([a0, a1, a2, a3]),
+            address_hi: u32::from_le_bytes([b0, b1, b2, b3]),
+            data,
+            ..kvm_msi::default()
+        };
+        if let Err(error) = self.0.signal_msi(message) {
+            tracing::debug!(%error, "an interrupt message was not delivered");
+        }
+    }
+}
+
+impl Doorbells for Messages {
+    fn connect(&self, address: u64, event: &EventFd) -> Result<()> {
+        self.0
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Error::kvm("connecting a doorbell"))
+    }
+
+    fn disconnect(&self, address: u64, event: &EventFd) -> Result<()> {
+        self.0
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Error::kvm("disconnecting a doorbell"))
+    }
+}
+
+impl Machine {
+    /// Builds the machine; no instruction of the guest runs yet.
+    ///
+    /// # Errors
+    ///
+    /// Parts that make no sense or do not fit, and KVM's.
+    pub fn build(parts: Parts) -> Result<Self> {
+        let Parts { processors: count, memory_mib, .. } = parts;
+        if !(1..=MOST_PROCESSORS).contains(&count) {
+            return Err(Error::Config(format!(
+                "{count} processors, from 1 to {MOST_PROCESSORS} are possible"
+            )));
+        }
+        // SAFETY: the descriptor is ours and is given away here.
+        let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(parts.kvm.into_raw_fd()) };
+        let memory = Memory::new(memory_mib, &parts.backing)?;
+        let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("creating a virtual machine"))?);
+        vm.set_tss_address(layout::TSS).map_err(Error::kvm("placing the task state segment"))?;
+        vm.create_irq_chip().map_err(Error::kvm("creating the interrupt controllers"))?;
+        let timer = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        vm.create_pit2(timer).map_err(Error::kvm("creating the interval timer"))?;
+        map(&vm, &memory)?;
+
+        let serial = crate::virtio::worker::event()?;
+        vm.register_irqfd(&serial, layout::SERIAL_INTERRUPT)
+            .map_err(Error::kvm("the console's interrupt"))?;
+        let board = Arc::new(Board::new(serial, parts.console));
+        let messages = Arc::new(Messages(Arc::clone(&vm)));
+        let streams = parts.ports.into_iter();
+        let streams = streams.map(|(name, stream)| Port { name, stream }).collect();
+        let mut devices: Vec<Box<dyn VirtioDevice>> =
+            vec![Box::new(Console::new(streams)?), Box::new(Rng::default())];
+        for disk in parts.disks {
+            if !matches!(disk.sector_size, 512 | 4096) {
+                return Err(Error::Disk {
+                    serial: disk.serial,
+                    message: format!("sectors of {} bytes, expected 512 or 4096", disk.sector_size),
+                });
+            }
+            devices.push(Box::new(blk(disk, count)));
+        }
+        if devices.len() > MOST_DEVICES {
+            return Err(Error::Config(format!(
+                "{} devices, at most {MOST_DEVICES} are possible",
+                devices.len()
+            )));
+        }
+        let spawner = Spawner::new()?;
+        for (index, device) in devices.into_iter().enumerate() {
+            let Some(address) = Address::of(index) else { break };
+            let sink = Arc::clone(&messages) as Arc<dyn MessageSink>;
+            let bells = Arc::clone(&messages) as Arc<dyn Doorbells>;
+            let ram = memory.ram.clone();
+            let function = Function::new(device, address, ram, sink, bells, spawner.clone())?;
+            board.pci.add(address, function);
+        }
+
+        let tables = acpi::write(&memory.ram, count)?;
+        let (mut kernel, mut initramfs) = (parts.kernel, parts.initramfs);
+        let entry =
+            kernel::load(&memory.ram, &mut kernel, &mut initramfs, &parts.command_line, tables)?;
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(Error::kvm("asking for processor features"))?;
+        let mut vcpus = Vec::new();
+        for number in 0..count {
+            let vcpu = vm.create_vcpu(number.into()).map_err(Error::kvm("creating a processor"))?;
+            cpu::prepare(&vcpu, &cpu::identification(&supported, number, count)?)?;
+            if number == 0 {
+                cpu::enter_kernel(&vcpu, &memory.ram, entry)?;
+            }
+            vcpus.push(vcpu);
+        }
+        Ok(Self { processors: Processors::new(vcpus), board, _memory: memory })
+    }
+
+    /// Starts the processors, with `confined` under a filter of system calls each.
+    ///
+    /// # Errors
+    ///
+    /// A thread that cannot be started.
+    pub fn start(&mut self, confined: bool) -> Result<()> {
+        self.processors.start(&self.board, confined)
+    }
+
+    /// Waits for the machine's end, at most `limit`.
+    pub fn wait(&self, limit: Option<Duration>) -> Option<Ending> {
+        self.board.wait(limit)
+    }
+
+    /// Ends the machine from outside.
+    pub fn stop(&mut self) {
+        self.board.end(Ending::Stopped);
+        self.processors.end();
+        for (_, function) in self.board.pci.all() {
+            crate::pci::lock(&function).reset();
+        }
+    }
+
+    /// Times that the guest left the processor for us, by reason.
+    pub fn exits(&self) -> Vec<(&'static str, u64)> {
+        self.board.exits.all()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn blk(disk: Disk, processors: u8) -> Blk {
+    let how = Presentation {
+        serial: disk.serial,
+        read_only: disk.read_only,
+        durable: disk.durable,
+        sector_size: disk.sector_size,
+        // More queues than processors would never be filled.
+        queues: u16::from(processors.min(4)),
+    };
+    Blk::new(disk.device, how)
+}
+
+fn map(vm: &VmFd, memory: &Memory) -> Result<()> {
+    for (slot, region) in (0..).zip(memory.ram.iter()) {
+        let host = region
+            .get_host_address(vm_memory::MemoryRegionAddress(0))
+            .map_err(|error| Error::Memory(error.to_string()))?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host.expose_provenance() as u64,
+        };
+        // SAFETY: the range is the region's mapping, which lives as long as the machine: it
+        // is dropped after the virtual machine's descriptors.
+        unsafe { vm.set_user_memory_region(region) }.map_err(Error::kvm("mapping guest memory"))?;
+    }
+    Ok(())
+}
