@@ -30,7 +30,8 @@ mod verify_boot;
 use args::Command;
 use failure::Failure;
 use personality::Personality;
-use std::ffi::OsString;
+use std::error::Error;
+use std::ffi::{OsStr, OsString};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -39,6 +40,10 @@ fn main() -> ExitCode {
         tranship_agent::run()
     }
     let words: Vec<OsString> = std::env::args_os().collect();
+    // And it is the machine that the appliance runs in.
+    if words.first().is_some_and(|name| name == tranship_appliance::MACHINE_NAME) {
+        return machine(words.get(1).map(AsRef::as_ref));
+    }
     let personality = Personality::of(words.first());
     match run(personality, words) {
         Ok(code) => ExitCode::from(code),
@@ -52,6 +57,20 @@ fn main() -> ExitCode {
             })
         }
     }
+}
+
+/// Runs the appliance's machine; what it says last is kept with the machine's console.
+fn machine(order: Option<&OsStr>) -> ExitCode {
+    let (code, last) = match tranship_appliance::run_machine(order) {
+        Ok(ending) => (ExitCode::SUCCESS, ending),
+        Err(error) => {
+            let causes = std::iter::successors(error.source(), |cause| Error::source(*cause));
+            let said = causes.fold(error.to_string(), |said, cause| format!("{said}: {cause}"));
+            (ExitCode::FAILURE, said)
+        }
+    };
+    stdout::complain(&format!("{}: {last}", tranship_appliance::MACHINE_NAME));
+    code
 }
 
 /// Runs what the words ask for; the exit code of whatever ended as it should.

@@ -50,10 +50,16 @@ pub(crate) fn settings(machine: &MachineArgs) -> Settings {
     let old = std::env::var("LIBGUESTFS_BACKEND_SETTINGS").unwrap_or_default();
     Settings {
         backend: machine.backend.or_else(|| from_libguestfs(&old)).unwrap_or_default(),
+        monitor: monitor(),
         memory_mib: machine.memsize.unwrap_or(defaults.memory_mib),
         processors: machine.smp.unwrap_or(defaults.processors),
         ..defaults
     }
+}
+
+/// The program that the machine runs in: this very file.
+pub(crate) fn monitor() -> Option<PathBuf> {
+    std::env::current_exe().ok()
 }
 
 /// What libguestfs's list of settings, separated by colons, says about the backend.

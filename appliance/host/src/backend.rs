@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What can run the appliance's machine, and which of them is chosen.
 
+use crate::own::Own;
 use crate::qemu::Qemu;
 use crate::{Error, ErrorKind, Result};
 use std::fmt::Debug;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 use tranship_kvm::Verdict;
@@ -85,8 +86,10 @@ pub enum Preference {
     /// The best that works here.
     #[default]
     Auto,
-    /// QEMU with the host's KVM, whatever the probe says.
+    /// Our own monitor on the host's KVM, whatever the probe says.
     Kvm,
+    /// QEMU with the host's KVM, whatever the probe says.
+    QemuKvm,
     /// QEMU with emulation.
     Tcg,
 }
@@ -97,11 +100,12 @@ impl FromStr for Preference {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "auto" => Ok(Self::Auto),
-            "kvm" | "qemu-kvm" => Ok(Self::Kvm),
+            "kvm" => Ok(Self::Kvm),
+            "qemu-kvm" => Ok(Self::QemuKvm),
             "tcg" | "qemu-tcg" => Ok(Self::Tcg),
             other => Err(Error::new(
                 ErrorKind::Usage,
-                format!("unknown backend {other:?}, expected auto, kvm or tcg"),
+                format!("unknown backend {other:?}, expected auto, kvm, qemu-kvm or tcg"),
             )),
         }
     }
@@ -137,34 +141,56 @@ const PROBE_LIMIT: Duration = Duration::from_millis(1500);
 
 /// Chooses the backend: the device node alone proves nothing, so KVM has to run a
 /// micro-guest first.
-pub fn choose(preference: Preference) -> Choice {
-    let Some(program) = Qemu::find() else {
-        return Choice {
-            backend: None,
-            reason: "no qemu-system-x86_64 is installed to run the appliance".into(),
-            remedy: "install QEMU: apt-get install qemu-system-x86, or dnf install qemu-kvm".into(),
-            verdict: None,
-        };
-    };
-    let chosen = |kvm: bool, reason: String, remedy: String, verdict| Choice {
-        backend: Some(Box::new(Qemu::new(program.clone(), kvm))),
+///
+/// `monitor` is the program that can be our own monitor: it calls [`crate::run_machine`] when
+/// it is called by [`crate::MACHINE_NAME`]. Without one only QEMU is considered.
+pub fn choose(preference: Preference, monitor: Option<&Path>) -> Choice {
+    let chosen = |backend: Box<dyn Backend>, reason: String| Choice {
+        backend: Some(backend),
         reason,
-        remedy,
-        verdict,
+        remedy: String::new(),
+        verdict: None,
     };
+    let no_qemu = |reason: String| Choice {
+        backend: None,
+        reason: format!("{reason}no qemu-system-x86_64 is installed to run the appliance"),
+        remedy: "install QEMU: apt-get install qemu-system-x86, or dnf install qemu-kvm".into(),
+        verdict: None,
+    };
+    let qemu = |kvm| Qemu::find().map(|program| Box::new(Qemu::new(program, kvm)) as _);
+    let own = || monitor.map(|program| Box::new(Own::new(program)) as _);
     match preference {
-        Preference::Tcg => {
-            chosen(false, "QEMU with emulation, as requested".into(), String::new(), None)
-        }
-        Preference::Kvm => chosen(true, "QEMU with KVM, as requested".into(), String::new(), None),
+        Preference::Tcg => match qemu(false) {
+            Some(qemu) => chosen(qemu, "QEMU with emulation, as requested".into()),
+            None => no_qemu(String::new()),
+        },
+        Preference::QemuKvm => match qemu(true) {
+            Some(qemu) => chosen(qemu, "QEMU with KVM, as requested".into()),
+            None => no_qemu(String::new()),
+        },
+        Preference::Kvm => match own().or_else(|| qemu(true)) {
+            Some(backend) => chosen(backend, "KVM, as requested".into()),
+            None => no_qemu(String::new()),
+        },
         Preference::Auto => {
             let verdict = tranship_kvm::probe(PROBE_LIMIT);
-            let reason = if verdict.usable {
-                format!("QEMU with KVM: {}", verdict.reason)
+            let mut choice = if verdict.usable {
+                match own().or_else(|| qemu(true)) {
+                    Some(backend) => chosen(backend, verdict.reason.clone()),
+                    None => no_qemu(format!("{}, but ", verdict.reason)),
+                }
             } else {
-                format!("QEMU with emulation (TCG), since KVM is not usable: {}", verdict.reason)
+                let why = format!("KVM is not usable ({})", verdict.reason);
+                match qemu(false) {
+                    Some(qemu) => Choice {
+                        remedy: verdict.remedy.clone(),
+                        ..chosen(qemu, format!("QEMU with emulation (TCG), since {why}"))
+                    },
+                    None => no_qemu(format!("{why}, and ")),
+                }
             };
-            chosen(verdict.usable, reason, verdict.remedy.clone(), Some(verdict))
+            choice.verdict = Some(verdict);
+            choice
         }
     }
 }

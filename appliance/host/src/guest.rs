@@ -32,6 +32,8 @@ pub struct Boot {
 pub struct Settings {
     /// Which backend.
     pub backend: Preference,
+    /// The program that can be our own monitor (see [`choose`]).
+    pub monitor: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Processors; one starts fastest under emulation.
@@ -48,6 +50,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             backend: Preference::Auto,
+            monitor: None,
             memory_mib: 768,
             processors: 1,
             append: String::new(),
@@ -147,7 +150,7 @@ impl Guest {
         }
         self.launched = true;
         let begun = Instant::now();
-        let choice = choose(self.settings.backend);
+        let choice = choose(self.settings.backend, self.settings.monitor.as_deref());
         let choosing = begun.elapsed();
         self.live = Some(self.start(boot, choice, choosing)?);
         Ok(())
@@ -195,7 +198,17 @@ impl Guest {
                 .or_else(|| (begun.elapsed() > limit).then(|| format!("no answer in {limit:?}")))?;
             Some(launch_error(backend.name(), &why, &machine.console()))
         };
-        let session = Session::open(control, bulk, self.cancel.clone(), &give_up)?;
+        let session =
+            Session::open(control, bulk, self.cancel.clone(), &give_up).map_err(|error| {
+                // A machine that hangs up is about to end, and says why on its console.
+                let hung_up = error.kind() != ErrorKind::Launch
+                    && error.kind() != ErrorKind::Cancelled
+                    && machine.wait(Duration::from_secs(1));
+                match machine.ended() {
+                    Some(why) if hung_up => launch_error(backend.name(), &why, &machine.console()),
+                    _ => error,
+                }
+            })?;
         let stages = session
             .hello()
             .stages
@@ -638,7 +651,8 @@ fn launch_error(backend: &str, why: &str, console: &str) -> Error {
     let error =
         Error::new(ErrorKind::Launch, format!("the appliance did not start ({backend}): {why}"))
             .with_remedy(
-                "see why with `tranship appliance probe` and `tranship appliance bench -v`",
+                "see why with `tranship appliance probe` and `tranship appliance bench -v`, or \
+                 try another backend: --backend qemu-kvm or tcg",
             );
     if last.is_empty() {
         error

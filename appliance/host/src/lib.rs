@@ -11,6 +11,7 @@ mod clock;
 mod console;
 mod error;
 mod guest;
+mod own;
 mod process;
 mod qemu;
 mod session;
@@ -18,9 +19,30 @@ mod session;
 pub use backend::{Backend, Choice, Machine, MachineSpec, Preference, SpecDisk, choose};
 pub use error::{Error, ErrorKind, Result};
 pub use guest::{Boot, Drive, Guest, LaunchTimes, Settings};
+pub use own::MACHINE_NAME;
 pub use process::Process;
 pub use session::{CancelToken, Observer, Session, Silent};
 pub use tranship_protocol as protocol;
+
+/// Runs a machine in this process, which was started for nothing else: how it ended, in
+/// words.
+///
+/// `number` is the only word on the command line.
+///
+/// # Errors
+///
+/// [`ErrorKind::Launch`] if the machine could not be built or could not go on.
+pub fn run_machine(number: Option<&std::ffi::OsStr>) -> Result<String> {
+    let number = number.and_then(|number| number.to_str()).and_then(|number| number.parse().ok());
+    let number = number.ok_or_else(|| {
+        Error::new(ErrorKind::Usage, "the number of a descriptor is expected, as only we give it")
+    })?;
+    match tranship_vmm::child::run(number) {
+        Ok(tranship_vmm::Ending::Failed(why)) => Err(Error::new(ErrorKind::Launch, why)),
+        Ok(ending) => Ok(ending.to_string()),
+        Err(error) => Err(Error::new(ErrorKind::Launch, "the machine").because(error)),
+    }
+}
 
 /// The QEMU that [`choose`] would start, if one is installed.
 pub fn qemu_program() -> Option<std::path::PathBuf> {

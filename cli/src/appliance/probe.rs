@@ -3,7 +3,7 @@
 
 use crate::args::ProbeArgs;
 use crate::failure::Failure;
-use crate::{logging, stdout};
+use crate::{logging, places, stdout};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use tranship_appliance::{Choice, choose};
@@ -12,7 +12,7 @@ use tranship_convert::ErrorKind;
 /// Runs the command: 0 if something can run it, 3 if nothing can.
 pub(super) fn run(options: &ProbeArgs) -> Result<u8, Failure> {
     logging::start(&options.talk);
-    let choice = choose(options.backend.unwrap_or_default());
+    let choice = choose(options.backend.unwrap_or_default(), places::monitor().as_deref());
     if options.json {
         stdout::json(&as_json(&choice))?;
     } else {

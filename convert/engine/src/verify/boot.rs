@@ -65,7 +65,7 @@ impl Boot {
         log: File,
         reporter: &dyn Reporter,
     ) -> Result<Self> {
-        let choice = choose(options.backend);
+        let choice = choose(options.backend, None);
         let (reason, remedy) = (choice.reason.clone(), choice.remedy.clone());
         let blocked = || Error::new(ErrorKind::Blocked, reason.clone()).with_remedy(remedy.clone());
         let backend = choice.backend.as_ref().ok_or_else(blocked)?.name();
