@@ -55,8 +55,9 @@ fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)
 	@tests/fuzz.sh
 
 .PHONY: nested
-nested: setup ## Let the KVM probe judge a nested machine with real (emulated) SVM
+nested: setup build ## Run the KVM probe and our own monitor in a nested machine with real (emulated) SVM
 	@tests/nested/probe.sh
+	@TRANSHIP_TEST_FIXTURES=$$(fixtures/debian12.sh) tests/nested/machine.sh
 
 .PHONY: setup
 setup: ## Install what building and testing need (apt; no-op if it is there)

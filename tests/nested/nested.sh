@@ -11,6 +11,8 @@
 #   MEMORY=1024   MiB of L1
 #   LIMIT=300     seconds until the run is ended
 #   PACKAGE=...   kernel package (default linux-image-cloud-amd64)
+#   DISK=file     an ext4 image; it becomes the root that PROGRAM, a path inside of it then, runs in
+#   PROCESSORS=1       processors of L1
 #
 # Needs qemu-system-x86 busybox-static cpio lz4 xz-utils zstd, and apt to fetch the kernel once into
 # ${XDG_CACHE_HOME:-~/.cache}/tranship/nested.
@@ -31,7 +33,9 @@ for tool in qemu-system-x86_64 busybox cpio lz4 xz zstd od apt-get dpkg-deb; do
   command -v "$tool" >/dev/null || skip "$tool is not installed"
 done
 # A program that needs a loader would only say "not found" in there.
-for static in "$program" "$(command -v busybox)"; do
+statics=("$(command -v busybox)")
+[ -n "${DISK:-}" ] || statics+=("$program")
+for static in "${statics[@]}"; do
   if LC_ALL=C ldd "$static" 2>/dev/null | grep -q '=>'; then skip "$static is not static"; fi
 done
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/tranship/nested
@@ -97,11 +101,23 @@ elf=$(vmlinux "$kernel")
 khz=$(tsc_khz)
 
 root=$work/root
-mkdir -p "$root"/{bin,dev,proc,sys,tmp,modules}
+mkdir -p "$root"/{bin,dev,proc,sys,tmp,modules,disk}
 cp "$(command -v busybox)" "$root/bin/busybox"
-cp "$program" "$root/bin/program"
+modules=(irqbypass ccp kvm kvm-amd)
+machine=microvm,acpi=off
+device=()
+if [ -n "${DISK:-}" ]; then
+  # Devices on this machine's bus are found through ACPI.
+  machine=microvm,acpi=on
+  modules+=(virtio_ring virtio virtio_mmio virtio_blk)
+  drive="if=none,id=root,format=raw,snapshot=on,file=${DISK//,/,,}"
+  device=(-drive "$drive" -device "virtio-blk-device,drive=root")
+else
+  cp "$program" "$root/bin/program"
+  program=/bin/program
+fi
 for file in ${FILES:-}; do cp "$file" "$root/"; done
-for module in irqbypass ccp kvm kvm-amd; do
+for module in "${modules[@]}"; do
   file=$(find "$kernel/lib" -name "$module.ko*" | head -n 1)
   case $file in
   '') ;; # built in, or not needed by this kernel
@@ -117,22 +133,32 @@ $busybox mount -t proc proc /proc
 $busybox mount -t sysfs sys /sys
 $busybox mount -t devtmpfs dev /dev
 $busybox mount -t tmpfs tmp /tmp
-for module in irqbypass ccp kvm kvm-amd; do
+for module in irqbypass ccp kvm kvm-amd virtio_ring virtio virtio_mmio virtio_blk; do
   [ ! -f /modules/$module.ko ] || $busybox insmod /modules/$module.ko 2>/dev/null
 done
+root=/
+if [ -b /dev/vda ]; then
+  root=/disk
+  $busybox mount -t ext4 /dev/vda /disk
+  for folder in proc sys dev; do $busybox mount -o bind /$folder /disk/$folder; done
+  $busybox mount -t tmpfs tmp /disk/tmp
+  $busybox ip link set lo up
+fi
 read up rest </proc/uptime
 echo "nested: ready after $up s"
 . /command
 echo "nested: exit $?"
 $busybox reboot -f
 INIT
-printf '%q ' /bin/program "$@" >"$root/command"
+# shellcheck disable=SC2016 # the variables are for the shell in there
+printf '$busybox chroot $root ' >"$root/command"
+printf '%q ' "$program" "$@" >>"$root/command"
 chmod +x "$root/init"
 (cd "$root" && find . -print0 | cpio --null --create --format=newc --quiet) >"$work/initramfs"
 
 began=$(date +%s%N)
-timeout "${LIMIT:-300}" qemu-system-x86_64 -accel tcg,thread=multi -M microvm,acpi=off -cpu max \
-  -smp 1 -m "${MEMORY:-1024}" -nodefaults -no-user-config -display none -serial stdio -no-reboot \
+timeout "${LIMIT:-300}" qemu-system-x86_64 -accel tcg,thread=multi -M "$machine" -cpu max \
+  "${device[@]}" -smp "${PROCESSORS:-1}" -m "${MEMORY:-1024}" -nodefaults -no-user-config -display none -serial stdio -no-reboot \
   -kernel "$elf" -initrd "$work/initramfs" \
   -append "console=ttyS0 quiet panic=-1 reboot=t tsc_early_khz=$khz tsc=reliable no_timer_check mitigations=off nokaslr rdinit=/init" \
   </dev/null 2>"$work/qemu.err" | tr -d '\r' | tee "$work/console" || true

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+# machine.sh [COMMAND...]: the appliance in our own monitor, where KVM works: in a nested machine.
+#
+# Without arguments the tests of the appliance's API are run there and a start is measured, with
+# arguments this command. TRANSHIP_BIN is the program, the release build by default; CARRY="FROM=TO..."
+# names further files.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/../.."
+target=${CARGO_TARGET_DIR:-$PWD/target}
+program=${TRANSHIP_BIN:-$target/release/tranship}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# An appliance that needs no package manager is carried over as a whole.
+"$program" appliance export "$work/appliance.tar" >/dev/null 2>&1
+TRANSHIP_CACHE=$work/cache "$program" appliance import "$work/appliance.tar" >/dev/null
+mapfile -t cached < <(cd "$work" && find cache -type f -printf '%p\n')
+entries=()
+for file in "${cached[@]}"; do entries+=("$work/$file=/$file"); done
+
+# Symbols are no use in there, and have to be read by an emulated machine.
+strip -o "$work/program" "$program"
+entries+=("$work/program=/usr/bin/tranship")
+if [ $# -eq 0 ]; then
+  tests=$(cargo test --quiet --package tranship-tests --no-run --test appliance --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*\/appliance-[^"]*\)".*/\1/p' | tail -n 1)
+  [ -x "$tests" ] || {
+    echo "the tests of the appliance were not built" >&2
+    exit 1
+  }
+  strip -o "$work/tests" "$tests"
+  entries+=("$work/tests=/usr/bin/appliance-tests")
+fi
+cat >"$work/run" <<'RUN'
+#!/bin/sh
+export PATH=/usr/bin:/usr/sbin HOME=/root TMPDIR=/tmp TRANSHIP_CACHE=/cache
+export TRANSHIP_BIN=/usr/bin/tranship RUST_BACKTRACE=1
+umask 077
+chmod -R go-rwx /cache
+# Nobody names a backend: the probe has to find KVM usable here.
+tranship appliance probe | grep -x 'backend: kvm' || exit
+tranship appliance build >/dev/null 2>&1
+if [ $# -gt 0 ]; then
+  exec "$@"
+fi
+tranship appliance bench --runs 3 || exit
+# Emulated twice over, tests beside one another would only wait for one another. The appliance is
+# built and exported outside.
+appliance-tests --test-threads=1 --skip exported --skip told_in_json || exit
+if [ -f /guest.ova ]; then
+  tranship convert --quiet /guest.ova -o local -os /var/tmp -of qcow2 || exit
+  tranship image check /var/tmp/guest-sda || exit
+  ls -l /var/tmp
+fi
+RUN
+chmod +x "$work/run"
+entries+=("$work/run=/run-inside")
+if [ $# -eq 0 ] && [ -n "${TRANSHIP_TEST_FIXTURES:-}" ]; then
+  entries+=("$TRANSHIP_TEST_FIXTURES/guest.ova=/guest.ova")
+fi
+for file in ${CARRY:-}; do entries+=("$file"); done
+programs=(sh chmod ls cat dmesg grep tail mke2fs mkfs.xfs mkfs.btrfs mkfs.vfat e2fsck xfs_repair btrfs fsck.vfat
+  debugfs xz)
+for name in "${programs[@]}"; do
+  if command -v "$name" >/dev/null; then entries+=("$name"); else echo "without $name" >&2; fi
+done
+export PATH=$PATH:/usr/sbin:/sbin
+"$here/tree.sh" "$work/root" 3072 "${entries[@]}"
+DISK=$work/root MEMORY=${MEMORY:-2560} "$here/nested.sh" /run-inside "$@"
