@@ -39,8 +39,17 @@ export PATH=/usr/bin:/usr/sbin HOME=/root TMPDIR=/tmp TRANSHIP_CACHE=/cache
 export TRANSHIP_BIN=/usr/bin/tranship RUST_BACKTRACE=1
 umask 077
 chmod -R go-rwx /cache
-# Nobody names a backend: the probe has to find KVM usable here.
-tranship appliance probe | grep -x 'backend: kvm' || exit
+# Nobody names a backend: the probe has to find KVM usable here, if not at once then on a quieter
+# moment of the machine around this one.
+for _ in 1 2 3 4 5; do
+  tranship appliance probe >/tmp/probe
+  if grep -x 'backend: kvm' /tmp/probe; then found=yes && break; fi
+done
+[ "$found" ] || {
+  cat /tmp/probe
+  exit 1
+}
+export TRANSHIP_BACKEND=kvm
 tranship appliance build >/dev/null 2>&1
 if [ $# -gt 0 ]; then
   exec "$@"
@@ -61,11 +70,11 @@ if [ $# -eq 0 ] && [ -n "${TRANSHIP_TEST_FIXTURES:-}" ]; then
   entries+=("$TRANSHIP_TEST_FIXTURES/guest.ova=/guest.ova")
 fi
 for file in ${CARRY:-}; do entries+=("$file"); done
+export PATH=$PATH:/usr/sbin:/sbin
 programs=(sh chmod ls cat dmesg grep tail mke2fs mkfs.xfs mkfs.btrfs mkfs.vfat e2fsck xfs_repair btrfs fsck.vfat
   debugfs xz)
 for name in "${programs[@]}"; do
   if command -v "$name" >/dev/null; then entries+=("$name"); else echo "without $name" >&2; fi
 done
-export PATH=$PATH:/usr/sbin:/sbin
 "$here/tree.sh" "$work/root" 3072 "${entries[@]}"
-DISK=$work/root MEMORY=${MEMORY:-2560} "$here/nested.sh" /run-inside "$@"
+DISK=$work/root MEMORY=${MEMORY:-2560} LIMIT=${LIMIT:-900} "$here/nested.sh" /run-inside "$@"
