@@ -2,7 +2,8 @@
 //! One request of the driver: buffers to read, then buffers to write (section 2.7).
 
 use crate::memory::Ram;
-use std::io::IoSliceMut;
+use std::os::fd::AsRawFd;
+use tranship_block::FileRange;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -126,33 +127,106 @@ pub(crate) fn fill(buffers: &[Buffer], ram: &Ram, data: &[u8]) -> usize {
     data.len().saturating_sub(rest.len())
 }
 
-/// Passes the memory of `buffers` to `with` as slices to fill, without a copy.
+/// Writes `data` to the front of `buffers` and removes what was filled; `false` if there was
+/// too little room.
+pub(crate) fn put_front(buffers: &mut Vec<Buffer>, ram: &Ram, data: &[u8]) -> bool {
+    let filled = fill(buffers, ram, data);
+    remove_front(buffers, filled);
+    filled == data.len()
+}
+
+fn remove_front(buffers: &mut Vec<Buffer>, count: usize) {
+    let mut left = count;
+    let mut used: usize = 0;
+    for buffer in buffers.iter_mut() {
+        let now = buffer.len.min(left);
+        shorten_front(buffer, now);
+        left = left.saturating_sub(now);
+        if buffer.len > 0 {
+            break;
+        }
+        used = used.saturating_add(1);
+    }
+    buffers.drain(..used);
+}
+
+/// The most pieces of memory that one system call fills.
+const MOST_PIECES: usize = 256;
+
+/// Fills the front of `buffers` from a file, at most `range.len` bytes and without a copy in
+/// this process, and removes what was filled. How many bytes that were, 0 at the file's end.
 ///
-/// The guest may look at this memory or change it at any time, so `with` must only write to
-/// it, and must not trust what it finds there afterwards. [`Broken`] if part of a buffer is
-/// no memory.
-pub(crate) fn with_slices<T>(
-    buffers: &[Buffer],
+/// # Errors
+///
+/// The system's; [`Broken`] inside if part of a buffer is no memory.
+pub(crate) fn fill_from_file(
+    buffers: &mut Vec<Buffer>,
     ram: &Ram,
-    with: impl FnOnce(&mut [IoSliceMut<'_>]) -> T,
-) -> Result<T, Broken> {
-    let mut guards = Vec::with_capacity(buffers.len());
-    for buffer in buffers {
-        for slice in GuestMemoryBackend::get_slices(ram, buffer.address, buffer.len) {
+    range: &FileRange<'_>,
+) -> Result<std::io::Result<usize>, Broken> {
+    let mut left = usize::try_from(range.len).unwrap_or(usize::MAX);
+    let mut guards = Vec::new();
+    'buffers: for buffer in buffers.iter() {
+        let len = buffer.len.min(left);
+        left = left.saturating_sub(len);
+        for slice in GuestMemoryBackend::get_slices(ram, buffer.address, len) {
             let slice = slice.map_err(|_| Broken("a buffer lies outside of memory"))?;
             guards.push(slice.ptr_guard_mut());
+            if guards.len() == MOST_PIECES {
+                break 'buffers;
+            }
+        }
+        if left == 0 {
+            break;
         }
     }
-    let mut slices: Vec<IoSliceMut<'_>> = guards
+    let pieces: Vec<libc::iovec> = guards
         .iter()
-        .map(|guard| {
-            // SAFETY: the guard stands for mapped guest memory of this length, which stays
-            // mapped as long as `ram` is borrowed. No other reference to it exists in this
-            // process: all other access goes through raw pointers. Only the guest itself can
-            // change the bytes meanwhile, as with every buffer that a kernel fills; they are
-            // plain bytes, and what is read back is never trusted.
-            IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(guard.as_ptr(), guard.len()) })
-        })
+        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
         .collect();
-    Ok(with(&mut slices))
+    let (Ok(count), Ok(offset)) = (i32::try_from(pieces.len()), i64::try_from(range.offset)) else {
+        return Ok(Err(std::io::ErrorKind::InvalidInput.into()));
+    };
+    // SAFETY: each piece is mapped guest memory of that length, which stays mapped as long as
+    // `ram` is borrowed. It is reached by pointers alone, so that it does no harm that a
+    // guest names the same memory twice, or looks at it and changes it meanwhile.
+    let filled = unsafe { libc::preadv(range.file.as_raw_fd(), pieces.as_ptr(), count, offset) };
+    let Ok(filled) = usize::try_from(filled) else {
+        return Ok(Err(std::io::Error::last_os_error()));
+    };
+    remove_front(buffers, filled);
+    Ok(Ok(filled))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Backing, Memory};
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    fn buffer(address: u64, len: usize) -> Buffer {
+        Buffer { address: GuestAddress(address), len }
+    }
+
+    #[test]
+    fn files_go_straight_into_buffers_that_may_be_the_same() {
+        let memory = Memory::new(64, &Backing::Anonymous).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        file.write_all(&bytes).unwrap();
+        let mut buffers = vec![buffer(0x1000, 100), buffer(0x1000, 50), buffer(0x5000, 5000)];
+        let range = FileRange { file: file.as_fd(), offset: 10, len: 1150 };
+        let filled = fill_from_file(&mut buffers, &memory.ram, &range).unwrap().unwrap();
+        assert_eq!(filled, 1150);
+        assert_eq!(buffers, [buffer(0x5000 + 1000, 4000)]);
+        let mut seen = vec![0; 1000];
+        memory.ram.read_slice(&mut seen, GuestAddress(0x5000)).unwrap();
+        assert_eq!(seen, bytes[160..1160]);
+        let end = FileRange { file: file.as_fd(), offset: 10_000, len: 5 };
+        assert_eq!(fill_from_file(&mut buffers, &memory.ram, &end).unwrap().unwrap(), 0);
+        assert!(put_front(&mut buffers, &memory.ram, &[7; 4000]));
+        assert!(buffers.is_empty());
+        assert!(!put_front(&mut buffers, &memory.ram, &[7]));
+    }
 }

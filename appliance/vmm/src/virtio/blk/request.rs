@@ -7,7 +7,7 @@ use crate::virtio::chain::{self, Broken, Buffer, Chain};
 use crate::virtio::worker::Serve;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use tranship_block::{Span, Zeroing};
+use tranship_block::{FileRange, Span, Zeroing};
 use vm_memory::Bytes;
 
 /// Kinds of requests.
@@ -43,7 +43,7 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Requests {
     disk: Arc<Disk>,
-    /// What a write takes on its way: the guest could change its own pages while a format
+    /// What bytes take on their way: the guest could change its own pages while a format
     /// looks at them twice.
     piece: Vec<u8>,
 }
@@ -61,18 +61,40 @@ impl Requests {
         (aligned && end <= self.disk.device.size()).then(|| Span::new(start, len))
     }
 
-    fn read(&self, sector: u64, into: &[Buffer], ram: &Ram) -> Result<(Status, u32), Broken> {
+    /// What lies in a file as it is goes straight into the guest's memory; the rest is made
+    /// in a buffer of ours first.
+    fn read(
+        &mut self,
+        sector: u64,
+        into: &mut Vec<Buffer>,
+        ram: &Ram,
+    ) -> Result<(Status, u32), Broken> {
         let len = chain::total(into);
-        let (Some(span), Ok(count)) = (self.span(sector, len), u32::try_from(len)) else {
+        let (Some(span), Ok(whole)) = (self.span(sector, len), u32::try_from(len)) else {
             return Ok((Status::Failed, 0));
         };
-        let outcome = chain::with_slices(into, ram, |slices| {
-            self.disk.device.read_vectored_at(slices, span.start)
-        })?;
-        Ok(match outcome {
-            Ok(()) => (Status::Ok, count),
-            Err(error) => (self.failed("reading", &error), 0),
-        })
+        let (mut at, mut left) = (span.start, len);
+        while left > 0 {
+            let mut done = 0;
+            if let Some(range) = self.disk.device.file_range(at) {
+                let range = FileRange { len: range.len.min(left), ..range };
+                // What goes wrong here goes wrong below as well, and is explained there.
+                done = chain::fill_from_file(into, ram, &range)?.unwrap_or(0);
+            }
+            if done == 0 {
+                done = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
+                self.piece.resize(done, 0);
+                if let Err(error) = self.disk.device.read_at(&mut self.piece, at) {
+                    return Ok((self.failed("reading", &error), 0));
+                }
+                if !chain::put_front(into, ram, &self.piece) {
+                    return Err(Broken("a buffer lies outside of memory"));
+                }
+            }
+            at = at.saturating_add(done as u64);
+            left = left.saturating_sub(done as u64);
+        }
+        Ok((Status::Ok, whole))
     }
 
     fn write(&mut self, sector: u64, from: &mut Vec<Buffer>, ram: &Ram) -> Result<Status, Broken> {
@@ -178,7 +200,7 @@ impl Serve for Requests {
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         tracing::trace!(serial = self.disk.how.serial, wanted, sector, "request");
         let (status, written) = match wanted {
-            kind::IN => self.read(sector, &chain.writable, ram)?,
+            kind::IN => self.read(sector, &mut chain.writable, ram)?,
             kind::OUT => (self.write(sector, &mut chain.readable, ram)?, 0),
             kind::FLUSH => (self.flush(), 0),
             kind::GET_ID => self.id(&chain.writable, ram),
