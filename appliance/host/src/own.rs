@@ -3,7 +3,7 @@
 //! gets everything as open descriptors and can open nothing itself.
 
 use crate::backend::{Backend, Machine, MachineSpec, SpecDisk};
-use crate::process::Process;
+use crate::process::{MachineProcess, Process};
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -13,7 +13,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 use tranship_protocol::{BULK_PORT, CONTROL_PORT, TOOLS_SERIAL};
 use tranship_vmm::child::{Order, OrderedDisk, Source};
 
@@ -137,27 +136,7 @@ impl Backend for Own {
         let number = luggage.add(written(&order)?);
         let mut command = Command::new(&self.program);
         command.arg0(MACHINE_NAME).arg(number.to_string()).env_clear();
-        Ok(Box::new(OwnMachine(Process::start(command, luggage.0)?)))
-    }
-}
-
-#[derive(Debug)]
-struct OwnMachine(Process);
-
-impl Machine for OwnMachine {
-    fn ended(&self) -> Option<String> {
-        self.0.exit_status().map(|status| format!("the machine's process ended with {status}"))
-    }
-
-    fn wait(&self, limit: Duration) -> bool {
-        self.0.wait(limit).is_some()
-    }
-
-    fn kill(&self) {
-        self.0.kill();
-    }
-
-    fn console(&self) -> String {
-        self.0.console()
+        let process = Process::start(command, luggage.0)?;
+        Ok(Box::new(MachineProcess::new("the monitor", process)))
     }
 }

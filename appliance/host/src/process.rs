@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A child process that never outlives us.
 
+use crate::backend::Machine;
 use crate::console::Console;
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -138,6 +139,37 @@ impl Drop for Process {
         self.kill();
         // Its files and sockets are gone once it is.
         self.wait(Duration::from_secs(5));
+    }
+}
+
+/// A machine that is a process.
+#[derive(Debug)]
+pub(crate) struct MachineProcess {
+    name: &'static str,
+    process: Process,
+}
+
+impl MachineProcess {
+    pub(crate) fn new(name: &'static str, process: Process) -> Self {
+        Self { name, process }
+    }
+}
+
+impl Machine for MachineProcess {
+    fn ended(&self) -> Option<String> {
+        self.process.exit_status().map(|status| format!("{} ended with {status}", self.name))
+    }
+
+    fn wait(&self, limit: Duration) -> bool {
+        self.process.wait(limit).is_some()
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    fn console(&self) -> String {
+        self.process.console()
     }
 }
 

@@ -2,13 +2,12 @@
 //! The backend that runs the machine in QEMU, with KVM or with emulation.
 
 use crate::backend::{Backend, Machine, MachineSpec, SpecDisk};
-use crate::process::Process;
+use crate::process::{MachineProcess, Process};
 use crate::{Error, ErrorKind, Result, clock};
 use rustix::fd::{AsRawFd, OwnedFd};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 use tranship_protocol::{BULK_PORT, CONTROL_PORT, TOOLS_SERIAL};
 
 /// Where distributions put the program, in the order of preference.
@@ -159,28 +158,7 @@ impl Backend for Qemu {
         command.args(self.arguments(&spec)?);
         tracing::debug!(?command, "starting QEMU");
         let inherited = vec![OwnedFd::from(spec.control), OwnedFd::from(spec.bulk)];
-        Ok(Box::new(QemuMachine(Process::start(command, inherited)?)))
-    }
-}
-
-#[derive(Debug)]
-struct QemuMachine(Process);
-
-impl Machine for QemuMachine {
-    fn ended(&self) -> Option<String> {
-        self.0.exit_status().map(|status| format!("QEMU ended with {status}"))
-    }
-
-    fn wait(&self, limit: Duration) -> bool {
-        self.0.wait(limit).is_some()
-    }
-
-    fn kill(&self) {
-        self.0.kill();
-    }
-
-    fn console(&self) -> String {
-        self.0.console()
+        Ok(Box::new(MachineProcess::new("QEMU", Process::start(command, inherited)?)))
     }
 }
 

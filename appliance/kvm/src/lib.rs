@@ -14,6 +14,7 @@ pub mod kick;
 mod machine;
 
 pub use failure::Cause;
+pub use machine::flat_segment;
 
 use failure::Failure;
 use std::path::Path;

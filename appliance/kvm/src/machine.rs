@@ -114,8 +114,8 @@ fn open(device: &Path) -> Result<Kvm, Failure> {
     }
 }
 
-/// A flat 64-bit segment.
-fn segment(selector: u16, kind: u8, code: bool) -> kvm_segment {
+/// A flat segment of ring 0, for 64-bit code or for data.
+pub fn flat_segment(selector: u16, kind: u8, code: bool) -> kvm_segment {
     kvm_segment {
         limit: u32::MAX,
         selector,
@@ -131,7 +131,7 @@ fn segment(selector: u16, kind: u8, code: bool) -> kvm_segment {
 
 /// 64-bit ring 0 with paging, as a boot loader would leave it.
 fn long_mode(reset: &kvm_sregs) -> kvm_sregs {
-    let data = segment(16, 3, false);
+    let data = flat_segment(16, 3, false);
     let task = kvm_segment {
         base: guest::TSS,
         limit: 0x67,
@@ -142,7 +142,7 @@ fn long_mode(reset: &kvm_sregs) -> kvm_sregs {
     };
     let idt_limit = u16::try_from(guest::VECTORS * 16 - 1).unwrap_or(u16::MAX);
     kvm_sregs {
-        cs: segment(8, 11, true),
+        cs: flat_segment(8, 11, true),
         ds: data,
         es: data,
         fs: data,

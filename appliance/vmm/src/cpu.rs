@@ -6,6 +6,7 @@ use crate::memory::Ram;
 use crate::{Error, Result};
 use kvm_bindings::{CpuId, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
+use tranship_kvm::flat_segment;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Flat segments for 64-bit code and data; the boot protocol wants them at 0x10 and 0x18.
@@ -80,26 +81,12 @@ pub(crate) fn identification(supported: &CpuId, number: u8, processors: u8) -> R
     CpuId::from_entries(&entries).map_err(|error| Error::Config(format!("CPUID: {error:?}")))
 }
 
-fn segment(selector: u16, kind: u8, code: bool) -> kvm_segment {
-    kvm_segment {
-        limit: u32::MAX,
-        selector,
-        type_: kind,
-        present: 1,
-        db: u8::from(!code),
-        s: 1,
-        l: u8::from(code),
-        g: 1,
-        ..kvm_segment::default()
-    }
-}
-
 fn long_mode(reset: &kvm_sregs) -> kvm_sregs {
-    let data = segment(0x18, 3, false);
+    let data = flat_segment(0x18, 3, false);
     let task = kvm_segment { limit: 0x67, type_: 11, present: 1, ..kvm_segment::default() };
     let limit = u16::try_from(SEGMENTS.len() * 8 - 1).unwrap_or(0);
     kvm_sregs {
-        cs: segment(0x10, 11, true),
+        cs: flat_segment(0x10, 11, true),
         ds: data,
         es: data,
         fs: data,
