@@ -59,7 +59,7 @@ pub(crate) fn metadata(file: &dyn BlockDevice, header: &Header) -> Result<Vec<Pi
             add(What::RefcountBlock, offset, geometry.cluster());
         }
     }
-    let (snapshots, bytes) = snapshots::read(file, header)?;
+    let snapshots::Table { places: snapshots, bytes, .. } = snapshots::read(file, header)?;
     add(What::SnapshotTable, header.snapshots_offset, bytes);
     for place in snapshots {
         let bytes = u64::from(place.l1_size).saturating_mul(8);

@@ -104,11 +104,25 @@ pub fn snapshots(file: &dyn BlockDevice) -> Result<Vec<Snapshot>> {
     list(file, &Header::read(file)?).map(|(snapshots, _)| snapshots)
 }
 
-/// Where all snapshots are, and the size of their table in bytes.
-pub(crate) fn read(file: &dyn BlockDevice, header: &Header) -> Result<(Vec<Place>, u64)> {
-    let mut places = Vec::new();
-    let bytes = entries(file, header, |snapshot| places.push(snapshot.place()))?;
-    Ok((places, bytes))
+/// What a check wants to know of the table.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    pub(crate) places: Vec<Place>,
+    /// Size in bytes.
+    pub(crate) bytes: u64,
+    /// Entries without the sizes of state and disk that version 3 demands.
+    pub(crate) incomplete: usize,
+}
+
+/// Where all snapshots are, and what their table is like.
+pub(crate) fn read(file: &dyn BlockDevice, header: &Header) -> Result<Table> {
+    let mut table = Table::default();
+    let bytes = entries(file, header, |snapshot| {
+        table.places.push(snapshot.place());
+        table.incomplete =
+            table.incomplete.saturating_add(usize::from(snapshot.disk_size.is_none()));
+    })?;
+    Ok(Table { bytes, ..table })
 }
 
 /// All snapshots, and the size of their table in bytes.

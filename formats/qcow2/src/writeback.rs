@@ -120,7 +120,8 @@ impl Qcow2 {
         if let Some(Encryption::Luks { offset, len }) = header.encryption() {
             claim("LUKS header", offset, len)?;
         }
-        let (snapshots, bytes) = snapshots::read(&self.file, header)?;
+        let snapshots::Table { places: snapshots, bytes, .. } =
+            snapshots::read(&self.file, header)?;
         claim("snapshot table", header.snapshots_offset, bytes)?;
         for snapshot in &snapshots {
             // Read for its limits: what a snapshot maps is protected by reference counts.

@@ -42,7 +42,7 @@ fn expand(editor: &mut Editor<'_>) -> Result<Vec<Run>> {
     let storage = editor.storage;
     let geometry = editor.geometry();
     let mut l1 = vec![editor.l1()?];
-    for place in snapshots::read(storage, &editor.header)?.0 {
+    for place in snapshots::read(storage, &editor.header)?.places {
         l1.push(l1_entries(storage, place)?);
     }
     // A table may belong to several trees: its clusters have as many references.

@@ -7,7 +7,7 @@ use crate::first_cluster::FirstCluster;
 use crate::geometry::to_u64;
 use crate::header::Header;
 use crate::shape::{Reference, Shape, crypto_header, each_entry, read_sparse};
-use crate::snapshots::{self, Place};
+use crate::snapshots::{self, Place, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use tranship_block::{BlockDevice, CheckReport, Result};
 
@@ -101,7 +101,16 @@ impl<'a> Walk<'a> {
     /// Counts the table of snapshots and their L1 tables. Where L1 tables overlap, which
     /// they never do rightly, only the first is followed: many could share one huge table.
     fn snapshots(&mut self, header: &Header, l2: &mut BTreeMap<u64, Times>) -> Result<()> {
-        let (mut places, bytes) = snapshots::read(self.file, header)?;
+        let Table { mut places, bytes, incomplete } = snapshots::read(self.file, header)?;
+        if incomplete > 0 && header.version > 2 {
+            self.lost(|| {
+                format!(
+                    "{incomplete} of {} entries of the snapshot table do not tell the sizes of \
+                     state and disk, as version 3 demands",
+                    places.len()
+                )
+            });
+        }
         if bytes > 0 {
             self.count("snapshot table", header.snapshots_offset, bytes, 1)?;
         }
