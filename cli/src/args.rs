@@ -89,7 +89,7 @@ pub(crate) struct Talk {
 /// The appliance's virtual machine.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct MachineArgs {
-    /// What runs the appliance: auto, kvm or tcg (emulation)
+    /// What runs the appliance: auto, kvm (our own monitor), qemu-kvm or tcg (emulation)
     #[arg(long, value_name = "NAME", env = "TRANSHIP_BACKEND", value_parser = values::backend)]
     pub(crate) backend: Option<Preference>,
     /// Memory of the appliance in MiB

@@ -170,7 +170,10 @@ impl Guest {
         let disk_socket = folder.path().join("nbd");
         let (exports, disks): (Vec<Export>, Vec<SpecDisk>) =
             self.drives.iter().enumerate().map(|(index, drive)| describe(index, drive)).unzip();
-        let server = Server::bind(&disk_socket, exports, Limits::default())
+        let limits = Limits::default();
+        // Each disk is a connection, and one more may be on its way out.
+        let connections = limits.connections.max(exports.len().saturating_add(1));
+        let server = Server::bind(&disk_socket, exports, Limits { connections, ..limits })
             .and_then(Server::start)
             .map_err(|error| Error::new(ErrorKind::Io, "serving the disks").because(error))?;
         let pair = || UnixStream::pair().map_err(|error| failed("a socket pair", error));

@@ -33,7 +33,7 @@ pub(crate) enum ApplianceCommand {
 /// Options of `appliance probe`.
 #[derive(Debug, Args)]
 pub(crate) struct ProbeArgs {
-    /// What is wished for: auto, kvm or tcg (emulation)
+    /// What is wished for: auto, kvm (our own monitor), qemu-kvm or tcg (emulation)
     #[arg(long, value_name = "NAME", env = "TRANSHIP_BACKEND", value_parser = values::backend)]
     pub(crate) backend: Option<Preference>,
     /// Print the result as JSON

@@ -24,7 +24,7 @@ pub(crate) struct VerifyBootArgs {
     /// Where a picture of the guest's last screen is saved [default: NAME-screen.png beside the XML]
     #[arg(long, value_name = "FILE")]
     pub(crate) screenshot: Option<PathBuf>,
-    /// What runs the guest: auto, kvm or tcg (emulation)
+    /// What runs the guest: auto, kvm or tcg (emulation); it is always QEMU
     #[arg(long, value_name = "NAME", env = "TRANSHIP_BACKEND", value_parser = values::backend)]
     pub(crate) backend: Option<Preference>,
     /// Memory of the guest in MiB instead of what its XML says
