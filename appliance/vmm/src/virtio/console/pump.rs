@@ -98,13 +98,7 @@ impl Pump {
         let mut polled: Vec<PollFd<'_>> =
             kick_fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
         for (index, state) in self.ports.iter().enumerate() {
-            let mut flags = PollFlags::empty();
-            if state.open && !state.ended && self.has_room(index) {
-                flags |= PollFlags::IN;
-            }
-            if self.unsent.get(index).is_some_and(Option::is_some) {
-                flags |= PollFlags::OUT;
-            }
+            let flags = self.interest(index, state);
             // Without flags a stream that has hung up would be reported for ever.
             if !flags.is_empty() {
                 polled.push(PollFd::from_borrowed_fd(state.port.stream.as_fd(), flags));
@@ -115,6 +109,22 @@ impl Pump {
             let _ = kick.read();
         }
         true
+    }
+
+    /// What is waited for on a port's stream. Nothing after the driver broke the rules: what
+    /// nobody takes any more would wake the thread for ever.
+    fn interest(&self, index: usize, state: &PortState) -> PollFlags {
+        let mut flags = PollFlags::empty();
+        if self.link.is_broken() {
+            return flags;
+        }
+        if state.open && !state.ended && self.has_room(index) {
+            flags |= PollFlags::IN;
+        }
+        if self.unsent.get(index).is_some_and(Option::is_some) {
+            flags |= PollFlags::OUT;
+        }
+        flags
     }
 
     /// Whether the guest has buffers for what a port receives.
@@ -327,5 +337,29 @@ impl Pump {
             let before = active.queue.next_avail().wrapping_sub(1);
             active.queue.set_next_avail(before);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Port;
+    use super::*;
+    use crate::memory::{Backing, Memory};
+    use crate::pci::msix::Msix;
+    use crate::pci::msix::tests::Sent;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_broken_device_waits_for_no_stream() {
+        let memory = Memory::new(64, &Backing::Anonymous).unwrap();
+        let link = Arc::new(Link::new(Arc::new(Msix::new(1, Arc::new(Sent::default()))), 0));
+        let (_near, stream) = UnixStream::pair().unwrap();
+        let port = Port { name: "p".into(), stream };
+        let ports = vec![PortState { port, open: true, ended: false }];
+        let mut pump = Pump::new(memory.ram.clone(), Arc::clone(&link), Vec::new(), ports);
+        pump.unsent[0] = Some(Unsent { head: 0, bytes: vec![1], done: 0 });
+        assert_eq!(pump.interest(0, &pump.ports[0]), PollFlags::OUT);
+        link.break_down("a test");
+        assert_eq!(pump.interest(0, &pump.ports[0]), PollFlags::empty());
     }
 }
