@@ -27,7 +27,8 @@ pub(crate) fn start() -> Result<()> {
     let bulk = open_port(BULK_PORT)?;
     note(&mut stages, "ports");
     let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
-    server::serve(control, bulk, &Hello { version: VERSION, kernel, stages })
+    let vmcoreinfo = vmcoreinfo();
+    server::serve(control, bulk, &Hello { version: VERSION, kernel, stages, vmcoreinfo })
 }
 
 fn mount_special(kind: &CStr, target: &CStr) -> Result<()> {
@@ -45,6 +46,13 @@ fn note(stages: &mut Vec<(String, u64)>, name: &str) {
     let micros = u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000
         + u64::try_from(now.tv_nsec / 1000).unwrap_or(0);
     stages.push((name.to_owned(), micros));
+}
+
+/// Address and size of the kernel's notes, which it prints as two hexadecimal numbers.
+fn vmcoreinfo() -> Option<(u64, u64)> {
+    let text = fs::read_to_string("/sys/kernel/vmcoreinfo").ok()?;
+    let mut numbers = text.split_whitespace().map(|word| u64::from_str_radix(word, 16).ok());
+    Some((numbers.next()??, numbers.next()??))
 }
 
 /// Opens the virtio-serial port called `name`, which the driver may still be announcing.

@@ -12,6 +12,8 @@ mod files;
 mod ioctl;
 mod modules;
 mod mounts;
+mod plugging;
+mod present;
 mod programs;
 mod server;
 mod tools;

@@ -3,7 +3,7 @@
 
 use crate::failure::{Result, io, plain, system};
 use crate::programs::{self, Running, shell_status};
-use crate::{files, mounts, volumes};
+use crate::{files, mounts, plugging, present, volumes};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::fs::File;
@@ -176,6 +176,12 @@ impl Worker {
                 rustix::fs::sync();
                 Ok(Reply::Done)
             }
+            Call::Prepare => present::prepare().map(|()| Reply::Done),
+            Call::Wake { seconds, nanoseconds, entropy } => {
+                present::wake(seconds, nanoseconds, &entropy).map(|()| Reply::Done)
+            }
+            Call::Plugged { serials } => plugging::wait_for(&serials).map(|()| Reply::Done),
+            Call::Unplug { serial } => plugging::let_go(&serial).map(|()| Reply::Done),
             Call::Disks => volumes::disks().map(Reply::Volumes),
             Call::Volumes => volumes::volumes().map(Reply::Volumes),
             Call::OpenEncrypted { device, name } => {

@@ -34,6 +34,32 @@ fn disks_by_serial() -> Vec<(String, String)> {
         .collect()
 }
 
+/// The serial numbers of all disks.
+pub(crate) fn serials() -> Vec<String> {
+    disks_by_serial().into_iter().map(|(serial, _)| serial).collect()
+}
+
+/// A disk that is about to be unplugged.
+pub(crate) struct Leaving {
+    /// The kernel's name of it.
+    pub(crate) kernel_name: String,
+    /// The nodes of the disk and its partitions.
+    pub(crate) nodes: Vec<String>,
+}
+
+/// The guest's disk with this serial number.
+pub(crate) fn disk(serial: &str) -> Option<Leaving> {
+    if serial == TOOLS_SERIAL {
+        return None;
+    }
+    let kernel_name = disk_with_serial(serial)?;
+    let folder = Path::new(BLOCK).join(&kernel_name);
+    let found = devices().ok()?;
+    let of_it = |device: &&Device| device.sys.starts_with(&folder);
+    let nodes = found.iter().filter(of_it).map(|device| format!("/dev/{}", device.name)).collect();
+    Some(Leaving { kernel_name, nodes })
+}
+
 /// A disk of the guest or one of its partitions.
 struct Device {
     /// The API's name without `/dev/`.

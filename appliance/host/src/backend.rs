@@ -5,6 +5,7 @@ use crate::own::Own;
 use crate::qemu::Qemu;
 use crate::{Error, ErrorKind, Result};
 use std::fmt::Debug;
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -65,6 +66,47 @@ pub trait Machine: Debug + Send + Sync {
 
     /// The end of what its console printed.
     fn console(&self) -> String;
+
+    /// Plugs a disk in while the machine runs; the agent is asked to wait for it afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if the machine does not take it.
+    fn add_disk(&self, disk: &SpecDisk) -> Result<()>;
+
+    /// Unplugs the disk with this serial number, which the agent has let go.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if it is not there or does not leave.
+    fn remove_disk(&self, serial: &str) -> Result<()>;
+
+    /// Writes the machine, which has no disk of the user, into `files`. It stands still
+    /// meanwhile and goes on afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if the machine cannot be saved; it goes on all the same.
+    fn save(&self, files: &SnapshotFiles) -> Result<()>;
+
+    /// Writes the memory as an ELF core file, whether the guest runs or has come to its end by
+    /// itself. It stands still meanwhile and goes on afterwards if it ran. `vmcoreinfo` is where
+    /// the kernel's notes for debuggers are, address and size.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Launch`] if the machine does not do it.
+    fn dump(&self, to: &File, vmcoreinfo: Option<(u64, u64)>) -> Result<()>;
+}
+
+/// What a saved machine is kept in: two files, open for reading and writing when it is saved and
+/// for reading when it is restored.
+#[derive(Debug)]
+pub struct SnapshotFiles {
+    /// Processors and devices.
+    pub state: File,
+    /// The memory, if the backend keeps it apart.
+    pub memory: File,
 }
 
 /// Something that can run machines.
@@ -72,12 +114,19 @@ pub trait Backend: Debug + Send + Sync {
     /// Its name, as `--backend` takes it.
     fn name(&self) -> &'static str;
 
-    /// Starts a machine.
+    /// How many disks can be plugged into a running machine.
+    fn most_plugged(&self) -> usize;
+
+    /// Everything about the backend and this `spec` that a snapshot depends on, besides the files
+    /// that the machine boots from and the host's processor; `None` if it saves no machines.
+    fn identity(&self, spec: &MachineSpec) -> Option<String>;
+
+    /// Starts a machine, or goes on with one that was saved for the same `spec` with no disks.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Launch`] if the machine cannot even be started.
-    fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>>;
+    /// [`ErrorKind::Launch`] if the machine cannot even be started or the snapshot not be used.
+    fn start(&self, spec: MachineSpec, from: Option<SnapshotFiles>) -> Result<Box<dyn Machine>>;
 }
 
 /// What the user wants.

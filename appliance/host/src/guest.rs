@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The guest API: a handle with disks that is launched once and then answers calls.
 
-use crate::backend::{Choice, Machine, MachineSpec, Preference, SpecDisk, choose};
+use crate::backend::{Preference, choose};
+use crate::launch::{Launch, LaunchTimes, Live};
 use crate::session::{CancelToken, Observer, Session, Silent};
 use crate::{Error, ErrorKind, Result};
+use std::collections::BTreeSet;
 use std::io::Read;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tranship_block::BlockDevice;
-use tranship_nbd::{Export, Limits, Running, Server};
 use tranship_protocol::{
     Attributes, Call, FilesystemCheck, GuestPath, Name, NewFile, ProgramOutput, Reply, Space,
-    Volume, disk_name, disk_serial,
+    Volume,
 };
 
 /// The files that the appliance boots from.
@@ -44,6 +44,8 @@ pub struct Settings {
     pub runtime_dir: PathBuf,
     /// Time after which a machine that has not come up is given up.
     pub launch_limit: Duration,
+    /// Folder of saved machines, which start in a blink; `None` to boot each time.
+    pub snapshots: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             append: String::new(),
             runtime_dir: std::env::temp_dir(),
             launch_limit: Duration::from_mins(2),
+            snapshots: None,
         }
     }
 }
@@ -72,35 +75,13 @@ pub struct Drive {
     pub durable: bool,
 }
 
-/// Where the time of a launch went.
-#[derive(Clone, Debug)]
-pub struct LaunchTimes {
-    /// Choosing the backend, with the probe of KVM.
-    pub choose: Duration,
-    /// From the start of the machine to the agent's first message.
-    pub boot: Duration,
-    /// When each stage inside the machine ended, counted from the kernel's first moment.
-    pub stages: Vec<(String, Duration)>,
-}
-
-#[derive(Debug)]
-struct Live {
-    // Fields are dropped in this order: the session hangs up, the machine ends, then its
-    // disks go away.
-    session: Session,
-    machine: Box<dyn Machine>,
-    disks: Running,
-    _folder: tempfile::TempDir,
-    backend: &'static str,
-    reason: String,
-    times: LaunchTimes,
-}
-
 /// A guest: its disks, and the appliance that reads and changes them.
 #[derive(Debug)]
 pub struct Guest {
     settings: Settings,
     drives: Vec<Drive>,
+    /// Numbers of disks that were taken away again.
+    removed: BTreeSet<usize>,
     cancel: CancelToken,
     live: Option<Live>,
     launched: bool,
@@ -112,6 +93,7 @@ impl Guest {
         Self {
             settings,
             drives: Vec::new(),
+            removed: BTreeSet::new(),
             cancel: CancelToken::default(),
             live: None,
             launched: false,
@@ -125,16 +107,34 @@ impl Guest {
         self
     }
 
-    /// Adds the next disk.
+    /// Adds the next disk; to a running appliance it is plugged in.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Usage`] after the launch.
+    /// After the launch, [`ErrorKind::Launch`] if the machine does not take it, and the agent's.
     pub fn add_drive(&mut self, drive: Drive) -> Result<()> {
         if self.launched {
-            return Err(usage("add_drive: this function can only be called in the config state"));
+            self.live("add_drive")?.plug(&[(self.drives.len(), &drive)])?;
         }
         self.drives.push(drive);
+        Ok(())
+    }
+
+    /// Takes the disk number `index` away: before the launch it is as if it had not been added,
+    /// from a running appliance it is unplugged. Other disks keep their numbers and names.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Usage`] if there is no such disk, and the agent's if it is in use.
+    pub fn remove_drive(&mut self, index: usize) -> Result<()> {
+        let missing = || usage(&format!("remove_drive: there is no disk number {index}"));
+        if self.removed.contains(&index) || index >= self.drives.len() {
+            return Err(missing());
+        }
+        if self.launched {
+            self.live("remove_drive")?.unplug(index)?;
+        }
+        self.removed.insert(index);
         Ok(())
     }
 
@@ -152,84 +152,11 @@ impl Guest {
         let begun = Instant::now();
         let choice = choose(self.settings.backend, self.settings.monitor.as_deref());
         let choosing = begun.elapsed();
-        self.live = Some(self.start(boot, choice, choosing)?);
+        let drives = self.drives.iter().enumerate();
+        let drives = drives.filter(|(index, _)| !self.removed.contains(index)).collect();
+        let launch = Launch { settings: &self.settings, drives, cancel: &self.cancel, boot };
+        self.live = Some(launch.run(choice, choosing)?);
         Ok(())
-    }
-
-    fn start(&self, boot: &Boot, choice: Choice, choosing: Duration) -> Result<Live> {
-        let failed = |what: &str, error: std::io::Error| {
-            Error::new(ErrorKind::Io, what.to_owned()).because(error)
-        };
-        let reason = choice.reason.clone();
-        let backend = choice.into_backend()?;
-        let folder = tempfile::Builder::new()
-            .prefix("tranship-")
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700))
-            .tempdir_in(&self.settings.runtime_dir)
-            .map_err(|error| failed("a folder for sockets", error))?;
-        let disk_socket = folder.path().join("nbd");
-        let (exports, disks): (Vec<Export>, Vec<SpecDisk>) =
-            self.drives.iter().enumerate().map(|(index, drive)| describe(index, drive)).unzip();
-        let limits = Limits::default();
-        // Each disk is a connection, and one more may be on its way out.
-        let connections = limits.connections.max(exports.len().saturating_add(1));
-        let server = Server::bind(&disk_socket, exports, Limits { connections, ..limits })
-            .and_then(Server::start)
-            .map_err(|error| Error::new(ErrorKind::Io, "serving the disks").because(error))?;
-        let pair = || UnixStream::pair().map_err(|error| failed("a socket pair", error));
-        let ((control, far_control), (bulk, far_bulk)) = (pair()?, pair()?);
-        let begun = Instant::now();
-        let machine = backend.start(MachineSpec {
-            kernel: boot.kernel.clone(),
-            initramfs: boot.initramfs.clone(),
-            tools: boot.tools.clone(),
-            memory_mib: self.settings.memory_mib,
-            processors: self.settings.processors,
-            append: self.settings.append.clone(),
-            disk_socket,
-            disks,
-            control: far_control,
-            bulk: far_bulk,
-        })?;
-        let limit = self.settings.launch_limit;
-        let give_up = || {
-            if self.cancel.is_cancelled() {
-                return Some(Error::new(ErrorKind::Cancelled, "launch: cancelled"));
-            }
-            let why = machine
-                .ended()
-                .or_else(|| (begun.elapsed() > limit).then(|| format!("no answer in {limit:?}")))?;
-            Some(launch_error(backend.name(), &why, &machine.console()))
-        };
-        let session =
-            Session::open(control, bulk, self.cancel.clone(), &give_up).map_err(|error| {
-                // A machine that hangs up is about to end, and says why on its console.
-                let hung_up = error.kind() != ErrorKind::Launch
-                    && error.kind() != ErrorKind::Cancelled
-                    && machine.wait(Duration::from_secs(1));
-                match machine.ended() {
-                    Some(why) if hung_up => launch_error(backend.name(), &why, &machine.console()),
-                    _ => error,
-                }
-            })?;
-        let stages = session
-            .hello()
-            .stages
-            .iter()
-            .take(64)
-            .map(|(name, micros)| (name.clone(), Duration::from_micros(*micros)))
-            .collect();
-        let times = LaunchTimes { choose: choosing, boot: begun.elapsed(), stages };
-        tracing::debug!(backend = backend.name(), ?times, "appliance is up");
-        Ok(Live {
-            session,
-            machine,
-            disks: server,
-            _folder: folder,
-            backend: backend.name(),
-            reason,
-            times,
-        })
     }
 
     fn live(&self, call: &str) -> Result<&Live> {
@@ -270,14 +197,7 @@ impl Guest {
     ///
     /// What was not written out; the appliance is gone all the same.
     pub fn shutdown(&mut self) -> Result<()> {
-        let Some(live) = self.live.take() else { return Ok(()) };
-        let outcome = live.session.call(&Call::Shutdown);
-        if outcome.is_err() || !live.machine.wait(Duration::from_secs(10)) {
-            live.machine.kill();
-        }
-        let stopped = live.disks.stop();
-        outcome?;
-        stopped.map_err(|error| Error::new(ErrorKind::Io, "writing the disks out").because(error))
+        self.live.take().map_or(Ok(()), Live::shutdown)
     }
 
     fn call(&self, name: &str, call: &Call) -> Result<Reply> {
@@ -291,7 +211,7 @@ impl Guest {
         }
     }
 
-    /// Number of disks that were added.
+    /// Number of disks that were added, those that were taken away again included.
     pub fn drives(&self) -> usize {
         self.drives.len()
     }
@@ -622,23 +542,6 @@ impl Guest {
     }
 }
 
-fn describe(index: usize, drive: &Drive) -> (Export, SpecDisk) {
-    let export = format!("disk{index}");
-    let disk = SpecDisk {
-        export: export.clone(),
-        serial: disk_serial(index),
-        read_only: drive.read_only,
-        sector_size: drive.device.sector_size(),
-        durable: drive.durable,
-    };
-    let export = Export {
-        description: disk_name(index),
-        read_only: drive.read_only,
-        ..Export::new(export, Arc::clone(&drive.device))
-    };
-    (export, disk)
-}
-
 fn usage(message: &str) -> Error {
     Error::new(ErrorKind::Usage, message)
 }
@@ -646,22 +549,6 @@ fn usage(message: &str) -> Error {
 fn unexpected(name: &str, reply: &Reply) -> Error {
     tracing::debug!(?reply, "unexpected reply");
     Error::new(ErrorKind::Lost, format!("{name}: the agent's answer does not fit the call"))
-}
-
-fn launch_error(backend: &str, why: &str, console: &str) -> Error {
-    let mut last: Vec<&str> = console.lines().rev().take(20).collect();
-    last.reverse();
-    let error =
-        Error::new(ErrorKind::Launch, format!("the appliance did not start ({backend}): {why}"))
-            .with_remedy(
-                "see why with `tranship appliance probe` and `tranship appliance bench -v`, or \
-                 try another backend: --backend qemu-kvm or tcg",
-            );
-    if last.is_empty() {
-        error
-    } else {
-        error.because(format!("its console ended with:\n{}", last.join("\n")))
-    }
 }
 
 impl Drop for Guest {

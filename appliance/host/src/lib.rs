@@ -11,14 +11,19 @@ mod clock;
 mod console;
 mod error;
 mod guest;
+mod launch;
 mod own;
 mod process;
 mod qemu;
 mod session;
+mod snapshots;
 
-pub use backend::{Backend, Choice, Machine, MachineSpec, Preference, SpecDisk, choose};
+pub use backend::{
+    Backend, Choice, Machine, MachineSpec, Preference, SnapshotFiles, SpecDisk, choose,
+};
 pub use error::{Error, ErrorKind, Result};
-pub use guest::{Boot, Drive, Guest, LaunchTimes, Settings};
+pub use guest::{Boot, Drive, Guest, Settings};
+pub use launch::{LaunchTimes, Start};
 pub use own::MACHINE_NAME;
 pub use process::Process;
 pub use session::{CancelToken, Observer, Session, Silent};

@@ -2,7 +2,7 @@
 //! The backend that runs the machine in our own monitor: this program again, as a child that
 //! gets everything as open descriptors and can open nothing itself.
 
-use crate::backend::{Backend, Machine, MachineSpec, SpecDisk};
+use crate::backend::{Backend, Machine, MachineSpec, SnapshotFiles, SpecDisk};
 use crate::process::{MachineProcess, Process};
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsRawFd, OwnedFd};
@@ -129,7 +129,15 @@ impl Backend for Own {
         "kvm"
     }
 
-    fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>> {
+    fn most_plugged(&self) -> usize {
+        0
+    }
+
+    fn identity(&self, _: &MachineSpec) -> Option<String> {
+        None
+    }
+
+    fn start(&self, spec: MachineSpec, _: Option<SnapshotFiles>) -> Result<Box<dyn Machine>> {
         let mut luggage = Luggage::default();
         let order = Self::order(spec, &mut luggage)?;
         tracing::debug!(?order, "starting the machine");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The backend that runs the machine in QEMU, with KVM or with emulation.
 
-use crate::backend::{Backend, Machine, MachineSpec, SpecDisk};
+use crate::backend::{Backend, Machine, MachineSpec, SnapshotFiles, SpecDisk};
 use crate::process::{MachineProcess, Process};
 use crate::{Error, ErrorKind, Result, clock};
 use rustix::fd::{AsRawFd, OwnedFd};
@@ -153,7 +153,15 @@ impl Backend for Qemu {
         if self.kvm { "qemu-kvm" } else { "qemu-tcg" }
     }
 
-    fn start(&self, spec: MachineSpec) -> Result<Box<dyn Machine>> {
+    fn most_plugged(&self) -> usize {
+        0
+    }
+
+    fn identity(&self, _: &MachineSpec) -> Option<String> {
+        None
+    }
+
+    fn start(&self, spec: MachineSpec, _: Option<SnapshotFiles>) -> Result<Box<dyn Machine>> {
         let mut command = Command::new(&self.program);
         command.args(self.arguments(&spec)?);
         tracing::debug!(?command, "starting QEMU");

@@ -161,6 +161,24 @@ impl Session {
             )));
         }
         control.set_read_timeout(None).map_err(failed)?;
+        Self::resume(control, bulk, cancel, hello)
+    }
+
+    /// Takes up the connection to an agent that has introduced itself with `hello` before its
+    /// machine was saved.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] if this side cannot follow the connection.
+    pub fn resume(
+        control: UnixStream,
+        bulk: UnixStream,
+        cancel: CancelToken,
+        hello: Hello,
+    ) -> Result<Self> {
+        let failed = |error: std::io::Error| {
+            Error::new(ErrorKind::Io, "the connection to the appliance").because(error)
+        };
         let shared = Arc::new(Shared::default());
         let readers = [
             ("control", control.try_clone().map_err(failed)?),
@@ -195,6 +213,16 @@ impl Session {
     /// [`ErrorKind::Call`] if the agent fails it, [`ErrorKind::Lost`] if it is gone.
     pub fn call(&self, call: &Call) -> Result<Reply> {
         self.exchange(call, None, &mut |_| Ok(()), &Silent)
+    }
+
+    /// As [`Self::call`], but not for longer than `limit`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::call`]; [`ErrorKind::Lost`] after that time.
+    pub fn call_within(&self, call: &Call, limit: Duration) -> Result<Reply> {
+        let deadline = Instant::now().checked_add(limit);
+        self.exchange_until(call, None, &mut |_| Ok(()), &Silent, deadline)
     }
 
     /// Makes a call whose file contents go to `take`, in order.
@@ -233,9 +261,20 @@ impl Session {
     pub fn exchange(
         &self,
         call: &Call,
+        from: Option<&mut dyn Read>,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+        observer: &dyn Observer,
+    ) -> Result<Reply> {
+        self.exchange_until(call, from, take, observer, None)
+    }
+
+    fn exchange_until(
+        &self,
+        call: &Call,
         mut from: Option<&mut dyn Read>,
         take: &mut dyn FnMut(&[u8]) -> Result<()>,
         observer: &dyn Observer,
+        deadline: Option<Instant>,
     ) -> Result<Reply> {
         let name = call_name(call);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -247,7 +286,7 @@ impl Session {
         }
         let begun = Instant::now();
         Self::send(&self.control, id, call)?;
-        let outcome = self.follow_call(id, call, &events, &mut from, take, observer);
+        let outcome = self.follow_call((id, call, deadline), &events, &mut from, take, observer);
         tracing::debug!(?call, elapsed = ?begun.elapsed(), ok = outcome.is_ok(), "call");
         drop(guard);
         outcome.map_err(|error| match error {
@@ -258,8 +297,7 @@ impl Session {
 
     fn follow_call(
         &self,
-        id: u64,
-        call: &Call,
+        (id, call, deadline): (u64, &Call, Option<Instant>),
         events: &Receiver<Event>,
         from: &mut Option<&mut dyn Read>,
         take: &mut dyn FnMut(&[u8]) -> Result<()>,
@@ -278,6 +316,9 @@ impl Session {
             }
             if cancelled_at.is_some_and(|at| at.elapsed() > CANCEL_GRACE) {
                 break;
+            }
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                return Err(lost("the appliance did not answer in time").into());
             }
             if credit > 0
                 && answer.is_none()

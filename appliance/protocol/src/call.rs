@@ -13,6 +13,9 @@ pub struct Hello {
     pub kernel: String,
     /// When each stage of start-up ended, in microseconds since the kernel began.
     pub stages: Vec<(String, u64)>,
+    /// Where in the machine's memory the kernel's notes for debuggers begin, and their size in
+    /// bytes: what `/sys/kernel/vmcoreinfo` says.
+    pub vmcoreinfo: Option<(u64, u64)>,
 }
 
 /// What a name stands for.
@@ -157,6 +160,28 @@ pub enum Call {
     Ping,
     /// Unmounts everything, writes everything out and switches off after the reply.
     Shutdown,
+    /// Gets ready what most guests need, before the machine is saved.
+    Prepare,
+    /// The first call after the machine was restored: what stood still comes to the present.
+    Wake {
+        /// The time in seconds since 1970 UTC,
+        seconds: i64,
+        /// and nanoseconds.
+        nanoseconds: u32,
+        /// Fresh random bytes, at most [`crate::MOST_ENTROPY`].
+        entropy: Vec<u8>,
+    },
+    /// Disks were plugged in: waits until those with these serial numbers are there.
+    Plugged {
+        /// Their serial numbers.
+        serials: Vec<String>,
+    },
+    /// Lets go of the disk with this serial number, which is to be unplugged; fails while it is
+    /// in use.
+    Unplug {
+        /// Its serial number.
+        serial: String,
+    },
     /// The guest's disks in order: [`Reply::Volumes`] of [`VolumeKind::Disk`].
     Disks,
     /// Every block device that may hold a filesystem, volume groups and arrays

@@ -41,7 +41,7 @@ pub use frame::{Body, Frame, FrameError, FrameKind, MAX_BODY};
 pub use path::GuestPath;
 
 /// Number of the protocol; both ends must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Name of the virtio-serial port for calls and replies.
 pub const CONTROL_PORT: &str = "org.tranship.control.0";
@@ -70,6 +70,9 @@ impl Call {
         )
     }
 }
+
+/// Most random bytes in one [`Call::Wake`].
+pub const MOST_ENTROPY: usize = 256;
 
 /// Bytes of file contents in one [`FrameKind::Data`] frame, at most.
 pub const CHUNK: usize = 256 << 10;

@@ -145,6 +145,13 @@ impl Exports {
         Ok(())
     }
 
+    /// Takes the export called `name` off the list.
+    pub(crate) fn remove(&self, name: &str) -> Option<Arc<Served>> {
+        let mut list = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let index = list.iter().position(|served| served.export.name == name)?;
+        Some(list.remove(index))
+    }
+
     pub(crate) fn all(&self) -> Vec<Arc<Served>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -183,6 +190,17 @@ mod tests {
 
     fn export(name: &str, len: usize) -> Export {
         Export::new(name, Arc::new(MemoryDevice::new(vec![0; len])))
+    }
+
+    #[test]
+    fn a_removed_export_is_found_no_more() {
+        let exports = Exports::default();
+        exports.add(export("a", 512)).unwrap();
+        exports.add(export("b", 512)).unwrap();
+        assert_eq!(exports.remove("a").unwrap().export.name, "a");
+        assert!(exports.find("a").is_none());
+        assert!(exports.remove("a").is_none());
+        assert!(exports.find("b").is_some());
     }
 
     #[test]

@@ -173,6 +173,19 @@ impl Running {
         self.shared.exports.add(export)
     }
 
+    /// Takes the export called `name` off the list and flushes its device. Clients that are
+    /// connected keep it; no new ones find it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotFound`] if there is none, and the device's.
+    pub fn remove_export(&self, name: &str) -> Result<()> {
+        let served = self.shared.exports.remove(name).ok_or_else(|| {
+            Error::new(ErrorKind::NotFound, format!("there is no export {name:?}"))
+        })?;
+        if served.export.read_only { Ok(()) } else { served.export.device.flush() }
+    }
+
     /// What clients did so far with the export called `name`; `None` if there is none.
     pub fn statistics(&self, name: &str) -> Option<Statistics> {
         self.shared.exports.statistics(name)

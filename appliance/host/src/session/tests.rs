@@ -4,7 +4,7 @@ use super::*;
 use tranship_protocol::GuestPath;
 
 fn hello() -> Hello {
-    Hello { version: VERSION, kernel: "6.1".into(), stages: Vec::new() }
+    Hello { version: VERSION, kernel: "6.1".into(), stages: Vec::new(), vmcoreinfo: None }
 }
 
 /// A session whose agent is `script`, run on a thread.

@@ -1,0 +1,388 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! From a choice of backend to an agent that answers: by a boot, or from a saved machine.
+
+use crate::backend::{Backend, Choice, Machine, MachineSpec, SpecDisk};
+use crate::guest::{Boot, Drive, Settings};
+use crate::session::{CancelToken, Session};
+use crate::snapshots::{Key, Snapshots};
+use crate::{Error, ErrorKind, Result};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tranship_nbd::{Export, Limits, Running, Server};
+use tranship_protocol::{Call, Hello, MOST_ENTROPY, disk_name, disk_serial};
+
+/// Bytes from this host's random pool that a restored machine gets.
+const ENTROPY: usize = 64;
+const _: () = assert!(ENTROPY <= MOST_ENTROPY);
+
+/// Time that a restored machine gets to answer: far more than it needs, far less than a boot
+/// that it is to save.
+const WAKE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How a machine came up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It booted.
+    Cold,
+    /// It booted and was saved for the next time.
+    Saved,
+    /// It was restored.
+    Warm,
+}
+
+impl Start {
+    /// One word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Saved => "cold, saved",
+            Self::Warm => "warm",
+        }
+    }
+}
+
+/// Where the time of a launch went.
+#[derive(Clone, Debug)]
+pub struct LaunchTimes {
+    /// How the machine came up.
+    pub start: Start,
+    /// Choosing the backend, with the probe of KVM.
+    pub choose: Duration,
+    /// From the start of the machine to the agent's first message, or to its first answer if it
+    /// was restored.
+    pub boot: Duration,
+    /// Saving the machine.
+    pub save: Duration,
+    /// Plugging the disks into a machine that was saved.
+    pub plug: Duration,
+    /// When each stage inside the machine ended, counted from the kernel's first moment.
+    pub stages: Vec<(String, Duration)>,
+}
+
+/// A machine whose agent answers.
+#[derive(Debug)]
+pub(crate) struct Live {
+    // Fields are dropped in this order: the session hangs up, the machine ends, then its
+    // disks go away.
+    pub(crate) session: Session,
+    pub(crate) machine: Box<dyn Machine>,
+    disks: Running,
+    _folder: tempfile::TempDir,
+    pub(crate) backend: &'static str,
+    pub(crate) reason: String,
+    pub(crate) times: LaunchTimes,
+}
+
+/// What is to be launched.
+pub(crate) struct Launch<'a> {
+    pub(crate) settings: &'a Settings,
+    /// The disks with their numbers.
+    pub(crate) drives: Vec<(usize, &'a Drive)>,
+    pub(crate) cancel: &'a CancelToken,
+    pub(crate) boot: &'a Boot,
+}
+
+/// A machine with its agent on the line.
+struct Up {
+    session: Session,
+    machine: Box<dyn Machine>,
+    took: Duration,
+}
+
+impl Launch<'_> {
+    /// Starts the machine and waits for its agent.
+    pub(crate) fn run(&self, choice: Choice, choosing: Duration) -> Result<Live> {
+        let reason = choice.reason.clone();
+        let backend = choice.into_backend()?;
+        let folder = tempfile::Builder::new()
+            .prefix("tranship-")
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700))
+            .tempdir_in(&self.settings.runtime_dir)
+            .map_err(|error| io("a folder for sockets", error))?;
+        let socket = folder.path().join("nbd");
+        let (exports, disks): (Vec<Export>, Vec<SpecDisk>) =
+            self.drives.iter().map(|(index, drive)| describe(*index, drive)).unzip();
+        let limits = Limits::default();
+        // Each disk is a connection, more may be plugged in, and one may be on its way out.
+        let connections = limits.connections.max(exports.len().saturating_mul(2));
+        let server = Server::bind(&socket, exports, Limits { connections, ..limits })
+            .and_then(Server::start)
+            .map_err(|error| Error::new(ErrorKind::Io, "serving the disks").because(error))?;
+        let (up, start, save, plug) = self.up(&*backend, &socket, &disks)?;
+        let stages = stages(up.session.hello());
+        let times = LaunchTimes { start, choose: choosing, boot: up.took, save, plug, stages };
+        tracing::debug!(backend = backend.name(), ?times, "appliance is up");
+        Ok(Live {
+            session: up.session,
+            machine: up.machine,
+            disks: server,
+            _folder: folder,
+            backend: backend.name(),
+            reason,
+            times,
+        })
+    }
+
+    /// The machine with all its disks, in the quickest way that works.
+    fn up(
+        &self,
+        backend: &dyn Backend,
+        socket: &Path,
+        disks: &[SpecDisk],
+    ) -> Result<(Up, Start, Duration, Duration)> {
+        let none = Duration::ZERO;
+        let cold =
+            || self.boot(backend, socket, disks.to_vec()).map(|up| (up, Start::Cold, none, none));
+        let Some((snapshots, key)) = self.snapshot(backend, socket, disks.len()) else {
+            return cold();
+        };
+        match self.restored(backend, socket, &snapshots, &key, disks) {
+            Ok(Some((up, plug))) => return Ok((up, Start::Warm, none, plug)),
+            Ok(None) => {}
+            Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "the saved machine does not work: booting");
+                snapshots.forget(&key);
+            }
+        }
+        let up = self.boot(backend, socket, Vec::new())?;
+        let begun = Instant::now();
+        let saved = up
+            .session
+            .call(&Call::Prepare)
+            .and_then(|_| snapshots.keep(&key, up.session.hello(), |files| up.machine.save(files)));
+        let start = match saved {
+            Ok(()) => Start::Saved,
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "the machine was not saved");
+                Start::Cold
+            }
+        };
+        let save = begun.elapsed();
+        let begun = Instant::now();
+        plug(&*up.machine, &up.session, disks)?;
+        Ok((up, start, save, begun.elapsed()))
+    }
+
+    /// Where a saved machine would be, if this one can come from there.
+    fn snapshot(
+        &self,
+        backend: &dyn Backend,
+        socket: &Path,
+        disks: usize,
+    ) -> Option<(Snapshots, Key)> {
+        let folder = self.settings.snapshots.as_deref()?;
+        if disks > backend.most_plugged() {
+            tracing::debug!(disks, "too many disks to be plugged in: booting with them");
+            return None;
+        }
+        // The far ends go nowhere: nothing is started with this one.
+        let (spec, _, _) = self.spec(socket, Vec::new()).ok()?;
+        let key = Key::of(&spec, &backend.identity(&spec)?)?;
+        match Snapshots::open(folder) {
+            Ok(snapshots) => Some((snapshots, key)),
+            Err(error) => {
+                tracing::debug!(error = %chain(&error), "saved machines are not used");
+                None
+            }
+        }
+    }
+
+    /// What the backend is to start, and our ends of its ports.
+    fn spec(
+        &self,
+        socket: &Path,
+        disks: Vec<SpecDisk>,
+    ) -> Result<(MachineSpec, UnixStream, UnixStream)> {
+        let pair = || UnixStream::pair().map_err(|error| io("a socket pair", error));
+        let ((control, far_control), (bulk, far_bulk)) = (pair()?, pair()?);
+        let spec = MachineSpec {
+            kernel: self.boot.kernel.clone(),
+            initramfs: self.boot.initramfs.clone(),
+            tools: self.boot.tools.clone(),
+            memory_mib: self.settings.memory_mib,
+            processors: self.settings.processors,
+            append: self.settings.append.clone(),
+            disk_socket: socket.to_owned(),
+            disks,
+            control: far_control,
+            bulk: far_bulk,
+        };
+        Ok((spec, control, bulk))
+    }
+
+    /// Boots a machine and waits for its agent.
+    fn boot(&self, backend: &dyn Backend, socket: &Path, disks: Vec<SpecDisk>) -> Result<Up> {
+        let (spec, control, bulk) = self.spec(socket, disks)?;
+        let begun = Instant::now();
+        let machine = backend.start(spec, None)?;
+        let limit = self.settings.launch_limit;
+        let give_up = || {
+            if self.cancel.is_cancelled() {
+                return Some(Error::new(ErrorKind::Cancelled, "launch: cancelled"));
+            }
+            let why = machine
+                .ended()
+                .or_else(|| (begun.elapsed() > limit).then(|| format!("no answer in {limit:?}")))?;
+            Some(launch_error(backend.name(), &why, &machine.console()))
+        };
+        let session =
+            Session::open(control, bulk, self.cancel.clone(), &give_up).map_err(|error| {
+                // A machine that hangs up is about to end, and says why on its console.
+                let hung_up = error.kind() != ErrorKind::Launch
+                    && error.kind() != ErrorKind::Cancelled
+                    && machine.wait(Duration::from_secs(1));
+                match machine.ended() {
+                    Some(why) if hung_up => launch_error(backend.name(), &why, &machine.console()),
+                    _ => error,
+                }
+            })?;
+        Ok(Up { session, machine, took: begun.elapsed() })
+    }
+
+    /// The saved machine with the disks plugged in; `None` if there is none.
+    fn restored(
+        &self,
+        backend: &dyn Backend,
+        socket: &Path,
+        snapshots: &Snapshots,
+        key: &Key,
+        disks: &[SpecDisk],
+    ) -> Result<Option<(Up, Duration)>> {
+        let Some(saved) = snapshots.find(key)? else { return Ok(None) };
+        let (spec, control, bulk) = self.spec(socket, Vec::new())?;
+        let begun = Instant::now();
+        let machine = backend.start(spec, Some(saved.files))?;
+        let session = Session::resume(control, bulk, self.cancel.clone(), saved.hello)?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut entropy = vec![0; ENTROPY];
+        fill(&mut entropy)?;
+        let wake = Call::Wake {
+            seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+            nanoseconds: now.subsec_nanos(),
+            entropy,
+        };
+        session.call_within(&wake, WAKE_LIMIT)?;
+        let took = begun.elapsed();
+        let begun = Instant::now();
+        plug(&*machine, &session, disks)?;
+        Ok(Some((Up { session, machine, took }, begun.elapsed())))
+    }
+}
+
+impl Live {
+    /// Plugs disks in, which have these numbers.
+    pub(crate) fn plug(&self, drives: &[(usize, &Drive)]) -> Result<()> {
+        let mut disks = Vec::with_capacity(drives.len());
+        for (index, drive) in drives {
+            let (export, disk) = describe(*index, drive);
+            self.disks
+                .add_export(export)
+                .map_err(|error| Error::new(ErrorKind::Io, "serving the disk").because(error))?;
+            disks.push(disk);
+        }
+        plug(&*self.machine, &self.session, &disks)
+    }
+
+    /// Unplugs the disk with this number.
+    pub(crate) fn unplug(&self, index: usize) -> Result<()> {
+        let serial = disk_serial(index);
+        self.session.call(&Call::Unplug { serial: serial.clone() })?;
+        self.machine.remove_disk(&serial)?;
+        self.disks
+            .remove_export(&export_name(index))
+            .map_err(|error| Error::new(ErrorKind::Io, "writing the disk out").because(error))
+    }
+
+    /// Writes everything out and ends the machine.
+    pub(crate) fn shutdown(self) -> Result<()> {
+        let outcome = self.session.call(&Call::Shutdown);
+        if outcome.is_err() || !self.machine.wait(Duration::from_secs(10)) {
+            self.machine.kill();
+        }
+        let stopped = self.disks.stop();
+        outcome?;
+        stopped.map_err(|error| Error::new(ErrorKind::Io, "writing the disks out").because(error))
+    }
+}
+
+/// Plugs disks into a running machine and waits until the agent has them.
+fn plug(machine: &dyn Machine, session: &Session, disks: &[SpecDisk]) -> Result<()> {
+    if disks.is_empty() {
+        return Ok(());
+    }
+    for disk in disks {
+        machine.add_disk(disk)?;
+    }
+    let serials = disks.iter().map(|disk| disk.serial.clone()).collect();
+    session.call(&Call::Plugged { serials }).map(drop)
+}
+
+fn fill(mut rest: &mut [u8]) -> Result<()> {
+    while !rest.is_empty() {
+        let count = rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| io("random bytes", error.into()))?;
+        rest = rest.get_mut(count..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+fn stages(hello: &Hello) -> Vec<(String, Duration)> {
+    let stages = hello.stages.iter().take(64);
+    stages.map(|(name, micros)| (name.clone(), Duration::from_micros(*micros))).collect()
+}
+
+fn export_name(index: usize) -> String {
+    format!("disk{index}")
+}
+
+fn describe(index: usize, drive: &Drive) -> (Export, SpecDisk) {
+    let export = export_name(index);
+    let disk = SpecDisk {
+        export: export.clone(),
+        serial: disk_serial(index),
+        read_only: drive.read_only,
+        sector_size: drive.device.sector_size(),
+        durable: drive.durable,
+    };
+    let export = Export {
+        description: disk_name(index),
+        read_only: drive.read_only,
+        ..Export::new(export, Arc::clone(&drive.device))
+    };
+    (export, disk)
+}
+
+fn io(what: &str, error: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, what.to_owned()).because(error)
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+fn launch_error(backend: &str, why: &str, console: &str) -> Error {
+    let mut last: Vec<&str> = console.lines().rev().take(20).collect();
+    last.reverse();
+    let error =
+        Error::new(ErrorKind::Launch, format!("the appliance did not start ({backend}): {why}"))
+            .with_remedy(
+                "see why with `tranship appliance probe` and `tranship appliance bench -v`, or \
+                 try another backend: --backend qemu-kvm or tcg",
+            );
+    if last.is_empty() {
+        error
+    } else {
+        error.because(format!("its console ended with:\n{}", last.join("\n")))
+    }
+}
