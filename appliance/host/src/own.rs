@@ -3,9 +3,9 @@
 //! gets everything as open descriptors and can open nothing itself.
 
 use crate::backend::{Backend, Machine, MachineSpec, SnapshotFiles, SpecDisk};
-use crate::process::{MachineProcess, Process};
+use crate::process::Process;
 use crate::{Error, ErrorKind, Result};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
@@ -13,8 +13,12 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tranship_protocol::{BULK_PORT, CONTROL_PORT, TOOLS_SERIAL};
-use tranship_vmm::child::{Order, OrderedDisk, Source};
+use tranship_vmm::channel::{Channel, Message, NewDisk, Request, Source};
+use tranship_vmm::child::Order;
 
 /// The name by which the program knows that it is to be a machine.
 pub const MACHINE_NAME: &str = "tranship-machine";
@@ -50,27 +54,7 @@ impl Own {
         Self { program: program.to_owned() }
     }
 
-    fn order(spec: MachineSpec, luggage: &mut Luggage) -> Result<Order> {
-        let mut disks = vec![OrderedDisk {
-            serial: TOOLS_SERIAL.into(),
-            read_only: true,
-            durable: false,
-            sector_size: 512,
-            source: Source::Raw(luggage.add(open(&spec.tools, false)?)),
-        }];
-        for disk in &spec.disks {
-            let SpecDisk { export, serial, read_only, sector_size, durable } = disk;
-            let socket = UnixStream::connect(&spec.disk_socket).map_err(|error| {
-                Error::new(ErrorKind::Io, "connecting to the server of the disks").because(error)
-            })?;
-            disks.push(OrderedDisk {
-                serial: serial.clone(),
-                read_only: *read_only,
-                durable: *durable,
-                sector_size: *sector_size,
-                source: Source::Nbd { socket: luggage.add(socket), export: export.clone() },
-            });
-        }
+    fn order(spec: MachineSpec, far: Channel, luggage: &mut Luggage) -> Result<Order> {
         let mut command_line = KERNEL_WORDS.to_owned();
         if !spec.append.is_empty() {
             command_line.push(' ');
@@ -93,6 +77,7 @@ impl Own {
             kvm: luggage.add(open(Path::new("/dev/kvm"), true)?),
             kernel: luggage.add(open(&spec.kernel, false)?),
             initramfs: luggage.add(open(&spec.initramfs, false)?),
+            channel: luggage.add(far),
             command_line,
             memory_mib: spec.memory_mib.next_multiple_of(2),
             huge_pages: false,
@@ -101,7 +86,7 @@ impl Own {
                 (CONTROL_PORT.into(), luggage.add(spec.control)),
                 (BULK_PORT.into(), luggage.add(spec.bulk)),
             ],
-            disks,
+            own_disks: vec![(TOOLS_SERIAL.into(), luggage.add(open(&spec.tools, false)?))],
         })
     }
 }
@@ -130,7 +115,7 @@ impl Backend for Own {
     }
 
     fn most_plugged(&self) -> usize {
-        0
+        MOST_DISKS
     }
 
     fn identity(&self, _: &MachineSpec) -> Option<String> {
@@ -139,12 +124,165 @@ impl Backend for Own {
 
     fn start(&self, spec: MachineSpec, _: Option<SnapshotFiles>) -> Result<Box<dyn Machine>> {
         let mut luggage = Luggage::default();
-        let order = Self::order(spec, &mut luggage)?;
+        let (socket, disks) = (spec.disk_socket.clone(), spec.disks.clone());
+        let (channel, far) = Channel::pair().map_err(|error| launch("the machine", error))?;
+        let order = Self::order(spec, far, &mut luggage)?;
         tracing::debug!(?order, "starting the machine");
         let number = luggage.add(written(&order)?);
         let mut command = Command::new(&self.program);
         command.arg0(MACHINE_NAME).arg(number.to_string()).env_clear();
         let process = Process::start(command, luggage.0)?;
-        Ok(Box::new(MachineProcess::new("the monitor", process)))
+        let machine = OwnMachine::new(process, channel, socket)?;
+        for disk in &disks {
+            machine.add_disk(disk)?;
+        }
+        machine.ask(&Request::Start, &[])?;
+        Ok(Box::new(machine))
+    }
+}
+
+/// The most disks: two buses have room for some 500 functions, RHEL 5 under Xen knew 256 disks.
+const MOST_DISKS: usize = 480;
+
+/// Time that the monitor has for an answer. Opening a disk of a slow server takes longest.
+const ANSWER_LIMIT: Duration = Duration::from_mins(2);
+
+/// A machine in our monitor.
+#[derive(Debug)]
+struct OwnMachine {
+    process: Process,
+    line: Mutex<Line>,
+    ended: Arc<(Mutex<Option<String>>, Condvar)>,
+    disk_socket: PathBuf,
+}
+
+/// Our side of the line to the monitor: one question at a time.
+#[derive(Debug)]
+struct Line {
+    channel: Arc<Channel>,
+    answers: Receiver<std::result::Result<(), String>>,
+}
+
+impl OwnMachine {
+    fn new(process: Process, channel: Channel, disk_socket: PathBuf) -> Result<Self> {
+        let channel = Arc::new(channel);
+        let ended = Arc::new((Mutex::new(None), Condvar::new()));
+        let (sender, answers) = std::sync::mpsc::channel();
+        let (listening, told) = (Arc::clone(&channel), Arc::clone(&ended));
+        std::thread::Builder::new()
+            .name("monitor".into())
+            .spawn(move || {
+                loop {
+                    // What else the monitor may send, descriptors even, is dropped.
+                    let answer = match listening.receive::<Message>() {
+                        Ok(Some((Message::Done, _))) => Ok(()),
+                        Ok(Some((Message::Failed(why), _))) => Err(why),
+                        Ok(Some((Message::Ended(how), _))) => {
+                            end(&told, how);
+                            continue;
+                        }
+                        Ok(None) => break,
+                        Err(error) => {
+                            tracing::debug!(%error, "the monitor");
+                            break;
+                        }
+                    };
+                    if sender.send(answer).is_err() {
+                        break;
+                    }
+                }
+                // Whoever waits for an answer learns that there will be none.
+                drop(sender);
+            })
+            .map_err(|error| launch("a thread for the monitor", error))?;
+        let line = Mutex::new(Line { channel, answers });
+        Ok(Self { process, line, ended, disk_socket })
+    }
+
+    /// Asks the monitor for something and waits until it is done.
+    fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = || {
+            // It says why on its standard error.
+            self.process.wait(Duration::from_secs(1));
+            let why = self.ended().unwrap_or_else(|| "the monitor went away".into());
+            Error::new(ErrorKind::Launch, why)
+        };
+        if line.channel.send(request, descriptors).is_err() {
+            return Err(gone());
+        }
+        match line.answers.recv_timeout(ANSWER_LIMIT) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(Error::new(ErrorKind::Launch, format!("the monitor: {why}"))),
+            Err(RecvTimeoutError::Disconnected) => Err(gone()),
+            Err(RecvTimeoutError::Timeout) => {
+                // A late answer would be taken for that of the next question.
+                self.process.kill();
+                Err(Error::new(
+                    ErrorKind::Launch,
+                    format!("the monitor did not answer in {ANSWER_LIMIT:?}"),
+                ))
+            }
+        }
+    }
+}
+
+fn end(ended: &(Mutex<Option<String>>, Condvar), how: String) {
+    ended.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(how);
+    ended.1.notify_all();
+}
+
+fn launch(what: &str, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::new(ErrorKind::Launch, what.to_owned()).because(error)
+}
+
+impl Machine for OwnMachine {
+    fn ended(&self) -> Option<String> {
+        let told = self.ended.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        told.or_else(|| {
+            self.process.exit_status().map(|status| format!("the monitor ended with {status}"))
+        })
+    }
+
+    fn wait(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        let mut told = self.ended.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while told.is_none() && self.process.exit_status().is_none() {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
+            // A monitor that dies without a word is noticed a little later.
+            let turn = left.min(Duration::from_millis(50));
+            told = self.ended.1.wait_timeout(told, turn).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn kill(&self) {
+        self.process.kill();
+    }
+
+    fn console(&self) -> String {
+        self.process.console()
+    }
+
+    fn add_disk(&self, disk: &SpecDisk) -> Result<()> {
+        let SpecDisk { export, serial, read_only, sector_size, durable } = disk.clone();
+        let socket = UnixStream::connect(&self.disk_socket).map_err(|error| {
+            Error::new(ErrorKind::Io, "connecting to the server of the disks").because(error)
+        })?;
+        let source = Source::Nbd { export };
+        let new = NewDisk { serial, read_only, durable, sector_size, source };
+        self.ask(&Request::Add(new), &[socket.as_fd()])
+    }
+
+    fn remove_disk(&self, serial: &str) -> Result<()> {
+        self.ask(&Request::Remove { serial: serial.to_owned() }, &[])
+    }
+
+    fn save(&self, _: &SnapshotFiles) -> Result<()> {
+        Err(Error::new(ErrorKind::Launch, "the monitor cannot save a machine"))
+    }
+
+    fn dump(&self, _: &File, _: Option<(u64, u64)>) -> Result<()> {
+        Err(Error::new(ErrorKind::Launch, "the monitor cannot dump a machine's memory"))
     }
 }

@@ -82,11 +82,14 @@ pub(crate) struct Board {
     uart: Uart,
     ending: Mutex<Option<Ending>>,
     ended: Condvar,
+    /// Becomes readable at the end, too.
+    end_event: Arc<EventFd>,
 }
 
 impl Board {
-    pub(crate) fn new(serial: Arc<EventFd>, console: File) -> Self {
+    pub(crate) fn new(serial: Arc<EventFd>, console: File, end_event: Arc<EventFd>) -> Self {
         Self {
+            end_event,
             pci: Pci::default(),
             exits: Exits::default(),
             uart: Uart::new(serial, console),
@@ -105,8 +108,15 @@ impl Board {
         if ending.is_none() {
             tracing::debug!(%how, "the machine has ended");
             *ending = Some(how);
+            // It is never read, so it cannot be full.
+            let _ = self.end_event.write(1);
         }
         self.ended.notify_all();
+    }
+
+    /// Becomes readable when the machine has ended.
+    pub(crate) fn end_event(&self) -> &EventFd {
+        &self.end_event
     }
 
     pub(crate) fn has_ended(&self) -> bool {

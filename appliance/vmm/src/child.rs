@@ -5,9 +5,11 @@
 //! of that file's descriptor. Before the first instruction of the guest runs, the process
 //! gives up what it does not need ([`crate::confine`]).
 
+use crate::channel::{Channel, Message, NewDisk, Request, Source};
 use crate::machine::{Disk, Machine, Parts};
 use crate::memory::Backing;
-use crate::{Error, Result, confine};
+use crate::{Ending, Error, Result, confine};
+use rustix::event::{PollFd, PollFlags};
 use rustix::io::FdFlags;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -20,7 +22,7 @@ use tranship_block::BlockDevice;
 use tranship_nbd::{ClientOptions, Remote};
 use tranship_raw::{Access, RawFile};
 
-/// The most that an order may be long: 256 disks take a fraction.
+/// The most that an order may be long.
 const MOST: u64 = 1 << 20;
 
 /// What the process is to run. Numbers are those of descriptors that it inherits.
@@ -32,6 +34,8 @@ pub struct Order {
     pub kernel: RawFd,
     /// Its initramfs.
     pub initramfs: RawFd,
+    /// The line to the parent, a [`Channel`]. Disks come over it.
+    pub channel: RawFd,
     /// Its command line.
     pub command_line: String,
     /// Memory in MiB.
@@ -42,47 +46,15 @@ pub struct Order {
     pub processors: u8,
     /// Byte streams under their names.
     pub ports: Vec<(String, RawFd)>,
-    /// The disks in order.
-    pub disks: Vec<OrderedDisk>,
-}
-
-/// A disk of an [`Order`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct OrderedDisk {
-    /// At most 20 bytes by which the guest knows it.
-    pub serial: String,
-    /// Whether writes are refused.
-    pub read_only: bool,
-    /// Whether the guest's flushes reach it.
-    pub durable: bool,
-    /// Logical sector size in bytes: 512 or 4096.
-    pub sector_size: u32,
-    /// Where its contents are.
-    pub source: Source,
-}
-
-/// Where the contents of a disk are.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Source {
-    /// A file with the bytes as they are.
-    Raw(RawFd),
-    /// An export of the NBD server at the other end of a connected socket.
-    Nbd {
-        /// The socket.
-        socket: RawFd,
-        /// The export's name.
-        export: String,
-    },
+    /// Read-only raw disks that belong to the machine itself, under their serial numbers.
+    pub own_disks: Vec<(String, RawFd)>,
 }
 
 impl Order {
     /// Every descriptor that the order names.
-    fn descriptors(&self) -> BTreeSet<RawFd> {
-        let disks = self.disks.iter().map(|disk| match &disk.source {
-            Source::Raw(fd) | Source::Nbd { socket: fd, .. } => *fd,
-        });
-        let ports = self.ports.iter().map(|(_, fd)| *fd);
-        disks.chain(ports).chain([self.kvm, self.kernel, self.initramfs]).collect()
+    fn descriptors(&self) -> Vec<RawFd> {
+        let named = self.ports.iter().chain(&self.own_disks).map(|(_, fd)| *fd);
+        named.chain([self.kvm, self.kernel, self.initramfs, self.channel]).collect()
     }
 }
 
@@ -116,9 +88,9 @@ fn read(number: RawFd) -> Result<(Order, Inheritance)> {
     file.take(MOST).read_to_end(&mut text).map_err(Error::system("the order"))?;
     let order: Order = serde_json::from_slice(&text)
         .map_err(|error| Error::Config(format!("the order: {error}")))?;
-    let descriptors = order.descriptors();
-    let expected = order.disks.len().saturating_add(order.ports.len()).saturating_add(3);
-    if descriptors.len() != expected {
+    let named = order.descriptors();
+    let descriptors: BTreeSet<RawFd> = named.iter().copied().collect();
+    if descriptors.len() != named.len() {
         return Err(Error::Config("the order names a descriptor twice".into()));
     }
     if let Some(number) = descriptors.iter().find(|number| **number < 3 || !is_open(**number)) {
@@ -139,12 +111,20 @@ fn is_open(number: RawFd) -> bool {
 ///
 /// An order that makes no sense, and whatever keeps the machine from running. How the guest
 /// ended is told on the process' standard error by the caller.
-pub fn run(number: RawFd) -> Result<crate::Ending> {
+pub fn run(number: RawFd) -> Result<Ending> {
     let (order, mut inherited) = read(number)?;
     confine::give_up_privileges(&inherited.0)?;
-    let mut disks = Vec::with_capacity(order.disks.len());
-    for disk in &order.disks {
-        disks.push(open(disk, &mut inherited)?);
+    let channel = Channel::from(inherited.take(order.channel, "the line to the parent")?);
+    let mut disks = Vec::with_capacity(order.own_disks.len());
+    for (serial, number) in &order.own_disks {
+        let new = NewDisk {
+            serial: serial.clone(),
+            read_only: true,
+            durable: false,
+            sector_size: 512,
+            source: Source::Raw,
+        };
+        disks.push(open(new, vec![inherited.take(*number, serial)?])?);
     }
     let mut ports = Vec::with_capacity(order.ports.len());
     for (name, number) in &order.ports {
@@ -156,7 +136,7 @@ pub fn run(number: RawFd) -> Result<crate::Ending> {
         .try_clone_to_owned()
         .map_err(Error::system("the console's output"))?;
     let backing = if order.huge_pages { Backing::HugePages } else { Backing::Anonymous };
-    let mut machine = Machine::build(Parts {
+    let machine = Machine::build(Parts {
         kvm: inherited.take(order.kvm, "/dev/kvm")?,
         kernel: File::from(inherited.take(order.kernel, "the kernel")?),
         initramfs: File::from(inherited.take(order.initramfs, "the initramfs")?),
@@ -169,40 +149,98 @@ pub fn run(number: RawFd) -> Result<crate::Ending> {
         console: File::from(console),
     })?;
     confine::allow_only_what_a_machine_needs()?;
-    machine.start(true)?;
-    // Without a limit it ends with an ending.
-    let ending = machine.wait(None).unwrap_or(crate::Ending::Stopped);
-    for (what, count) in machine.exits() {
-        tracing::debug!(count, "exits: {what}");
-    }
-    machine.stop();
-    Ok(ending)
+    Served { machine, channel }.serve()
 }
 
-fn open(disk: &OrderedDisk, inherited: &mut Inheritance) -> Result<Disk> {
-    let failed = |error: tranship_block::Error| Error::Disk {
-        serial: disk.serial.clone(),
-        message: error.to_string(),
-    };
-    let device: Arc<dyn BlockDevice> = match &disk.source {
-        Source::Raw(number) => {
-            let file = File::from(inherited.take(*number, &disk.serial)?);
-            let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            Arc::new(RawFile::from_file(file, &disk.serial, access).map_err(failed)?)
+/// A machine and who asks something of it.
+struct Served {
+    machine: Machine,
+    channel: Channel,
+}
+
+impl Served {
+    /// Carries out what the parent asks for until it goes away.
+    fn serve(mut self) -> Result<Ending> {
+        let mut ending = None;
+        loop {
+            if ending.is_none() && self.wait()? {
+                // It has ended: nothing of it moves any more when the parent hears that.
+                self.machine.stop();
+                let how = self.machine.wait(None).unwrap_or(Ending::Stopped);
+                for (what, count) in self.machine.exits() {
+                    tracing::debug!(count, "exits: {what}");
+                }
+                // A parent that is gone is noticed below.
+                let _ = self.channel.send(&Message::Ended(how.to_string()), &[]);
+                ending = Some(how);
+            }
+            let Some((request, descriptors)) = self.channel.receive::<Request>()? else { break };
+            let answer = match self.carry_out(request, descriptors) {
+                Ok(()) => Message::Done,
+                Err(error) => Message::Failed(with_cause(&error)),
+            };
+            self.channel.send(&answer, &[])?;
         }
-        Source::Nbd { socket, export } => {
-            let stream = UnixStream::from(inherited.take(*socket, &disk.serial)?);
+        self.machine.stop();
+        Ok(ending.unwrap_or(Ending::Stopped))
+    }
+
+    /// Waits for a request or the machine's end; whether it is the end.
+    fn wait(&self) -> Result<bool> {
+        let end = self.machine.end_event();
+        let mut both =
+            [PollFd::new(&end, PollFlags::IN), PollFd::new(&self.channel, PollFlags::IN)];
+        loop {
+            match rustix::event::poll(&mut both, None) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::system("waiting for the parent")(error)),
+                Ok(_) => return Ok(both.first().is_some_and(|end| !end.revents().is_empty())),
+            }
+        }
+    }
+
+    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<()> {
+        match request {
+            Request::Add(disk) => self.machine.add_disk(open(disk, descriptors)?),
+            Request::Remove { serial } => self.machine.remove_disk(&serial),
+            Request::Start => self.machine.start(true),
+        }
+    }
+}
+
+fn with_cause(error: &Error) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+/// Opens a disk whose descriptors have come with its description.
+fn open(disk: NewDisk, descriptors: Vec<OwnedFd>) -> Result<Disk> {
+    let refused = |message: String| Error::Disk { serial: disk.serial.clone(), message };
+    let failed = |error: tranship_block::Error| refused(error.to_string());
+    let mut descriptors = descriptors.into_iter();
+    let mut next =
+        || descriptors.next().ok_or_else(|| refused("it came without its descriptor".into()));
+    let device: Arc<dyn BlockDevice> = match &disk.source {
+        Source::Raw => {
+            let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
+            let file = RawFile::from_file(File::from(next()?), &disk.serial, access);
+            Arc::new(file.map_err(failed)?)
+        }
+        Source::Nbd { export } => {
             let options = ClientOptions {
                 export: export.clone(),
                 read_only: disk.read_only,
                 ..ClientOptions::default()
             };
+            let stream = UnixStream::from(next()?);
             Arc::new(Remote::from_stream(stream, &options).map_err(failed)?)
         }
     };
     Ok(Disk {
         device,
-        serial: disk.serial.clone(),
+        serial: disk.serial,
         read_only: disk.read_only,
         durable: disk.durable,
         sector_size: disk.sector_size,

@@ -10,6 +10,7 @@
 
 mod acpi;
 mod board;
+pub mod channel;
 pub mod child;
 pub mod confine;
 mod cpu;

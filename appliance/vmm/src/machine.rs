@@ -2,7 +2,7 @@
 //! A machine from its parts to its end.
 
 use crate::board::{Board, Ending};
-use crate::memory::{Backing, Memory};
+use crate::memory::{Backing, Memory, Ram};
 use crate::pci::msix::MessageSink;
 use crate::pci::{Address, MOST_DEVICES};
 use crate::processors::Processors;
@@ -18,8 +18,9 @@ use kvm_bindings::{
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,8 +76,34 @@ pub struct Parts {
 pub struct Machine {
     board: Arc<Board>,
     processors: Processors,
+    slots: Slots,
     /// The guest's memory goes last: the virtual machine uses it.
     _memory: Memory,
+}
+
+/// What a device needs to be put into its place.
+#[derive(Debug)]
+struct Slots {
+    messages: Arc<Messages>,
+    ram: Ram,
+    spawner: Spawner,
+    /// Where the disks are, by their serial numbers.
+    disks: BTreeMap<String, Address>,
+    processors: u8,
+}
+
+impl Slots {
+    /// Puts a device into the first free place.
+    fn put(&self, board: &Board, device: Box<dyn VirtioDevice>) -> Result<Address> {
+        let address = board.pci.free().ok_or_else(|| {
+            Error::Config(format!("no room for more than {MOST_DEVICES} devices"))
+        })?;
+        let sink = Arc::clone(&self.messages) as Arc<dyn MessageSink>;
+        let bells = Arc::clone(&self.messages) as Arc<dyn Doorbells>;
+        let (ram, spawner) = (self.ram.clone(), self.spawner.clone());
+        board.pci.add(address, Function::new(device, address, ram, sink, bells, spawner)?);
+        Ok(address)
+    }
 }
 
 /// Interrupt messages go to KVM at once, without a route for each.
@@ -138,35 +165,22 @@ impl Machine {
         let serial = crate::virtio::worker::event()?;
         vm.register_irqfd(&serial, layout::SERIAL_INTERRUPT)
             .map_err(Error::kvm("the console's interrupt"))?;
-        let board = Arc::new(Board::new(serial, parts.console));
+        let end_event = crate::virtio::worker::event()?;
+        let board = Arc::new(Board::new(serial, parts.console, end_event));
         let messages = Arc::new(Messages(Arc::clone(&vm)));
         let streams = parts.ports.into_iter();
         let streams = streams.map(|(name, stream)| Port { name, stream }).collect();
-        let mut devices: Vec<Box<dyn VirtioDevice>> =
-            vec![Box::new(Console::new(streams)?), Box::new(Rng::default())];
-        for disk in parts.disks {
-            if !matches!(disk.sector_size, 512 | 4096) {
-                return Err(Error::Disk {
-                    serial: disk.serial,
-                    message: format!("sectors of {} bytes, expected 512 or 4096", disk.sector_size),
-                });
-            }
-            devices.push(Box::new(blk(disk, count)));
-        }
-        if devices.len() > MOST_DEVICES {
-            return Err(Error::Config(format!(
-                "{} devices, at most {MOST_DEVICES} are possible",
-                devices.len()
-            )));
-        }
-        let spawner = Spawner::new()?;
-        for (index, device) in devices.into_iter().enumerate() {
-            let Some(address) = Address::of(index) else { break };
-            let sink = Arc::clone(&messages) as Arc<dyn MessageSink>;
-            let bells = Arc::clone(&messages) as Arc<dyn Doorbells>;
-            let ram = memory.ram.clone();
-            let function = Function::new(device, address, ram, sink, bells, spawner.clone())?;
-            board.pci.add(address, function);
+        let devices: [Box<dyn VirtioDevice>; 2] =
+            [Box::new(Console::new(streams)?), Box::new(Rng::default())];
+        let slots = Slots {
+            messages,
+            ram: memory.ram.clone(),
+            spawner: Spawner::new()?,
+            disks: BTreeMap::new(),
+            processors: count,
+        };
+        for device in devices {
+            slots.put(&board, device)?;
         }
 
         let tables = acpi::write(&memory.ram, count)?;
@@ -185,7 +199,12 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Self { processors: Processors::new(vcpus), board, _memory: memory })
+        let mut machine =
+            Self { processors: Processors::new(vcpus), board, slots, _memory: memory };
+        for disk in parts.disks {
+            machine.add_disk(disk)?;
+        }
+        Ok(machine)
     }
 
     /// Starts the processors, with `confined` under a filter of system calls each.
@@ -195,6 +214,52 @@ impl Machine {
     /// A thread that cannot be started.
     pub fn start(&mut self, confined: bool) -> Result<()> {
         self.processors.start(&self.board, confined)
+    }
+
+    /// Plugs a disk in. While the guest runs, it finds the disk when it looks at the bus again.
+    ///
+    /// # Errors
+    ///
+    /// A disk that cannot be presented, a serial number that is taken, and no room.
+    pub fn add_disk(&mut self, disk: Disk) -> Result<()> {
+        let refused = |message: String| Error::Disk { serial: disk.serial.clone(), message };
+        if !matches!(disk.sector_size, 512 | 4096) {
+            return Err(refused(format!(
+                "sectors of {} bytes, expected 512 or 4096",
+                disk.sector_size
+            )));
+        }
+        if self.slots.disks.contains_key(&disk.serial) {
+            return Err(refused("there is a disk with this serial number".into()));
+        }
+        let serial = disk.serial.clone();
+        let device = Box::new(blk(disk, self.slots.processors));
+        let address = self.slots.put(&self.board, device)?;
+        tracing::debug!(serial, %address, "a disk was plugged in");
+        self.slots.disks.insert(serial, address);
+        Ok(())
+    }
+
+    /// Unplugs a disk. A guest that has not let go of it finds that nothing answers any more.
+    ///
+    /// # Errors
+    ///
+    /// No disk with this serial number.
+    pub fn remove_disk(&mut self, serial: &str) -> Result<()> {
+        let address = self.slots.disks.remove(serial).ok_or_else(|| Error::Disk {
+            serial: serial.to_owned(),
+            message: "there is no such disk".into(),
+        })?;
+        if let Some(function) = self.board.pci.remove(address) {
+            crate::pci::lock(&function).reset();
+        }
+        tracing::debug!(serial, %address, "a disk was unplugged");
+        Ok(())
+    }
+
+    /// Becomes readable when the machine has ended.
+    pub(crate) fn end_event(&self) -> BorrowedFd<'_> {
+        crate::virtio::worker::descriptor(self.board.end_event())
     }
 
     /// Waits for the machine's end, at most `limit`.

@@ -94,6 +94,17 @@ impl Pci {
         true
     }
 
+    /// The first place where nobody is.
+    pub(crate) fn free(&self) -> Option<Address> {
+        let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
+        (0..MOST_DEVICES).filter_map(Address::of).find(|address| !functions.contains_key(address))
+    }
+
+    /// Takes the device out of its place; to the guest it is as if it had never been there.
+    pub(crate) fn remove(&self, address: Address) -> Option<Shared> {
+        self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(&address)
+    }
+
     /// Every device in the order of the buses.
     pub(crate) fn all(&self) -> Vec<(Address, Shared)> {
         let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);

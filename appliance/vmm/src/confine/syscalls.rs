@@ -118,6 +118,7 @@ const IOCTLS: &[u64] = &[
     KVM_GET_PIT2,
     BLKDISCARD,
     BLKZEROOUT,
+    BLKSSZGET,
     FIONBIO,
 ];
 
@@ -144,6 +145,7 @@ const KVM_GET_PIT2: u64 = 0x8070_ae9f;
 // <linux/fs.h>, <asm-generic/ioctls.h>
 const BLKDISCARD: u64 = 0x1277;
 const BLKZEROOUT: u64 = 0x127f;
+const BLKSSZGET: u64 = 0x1268;
 const FIONBIO: u64 = 0x5421;
 
 /// What threads set of themselves: their names, and what can only take more away.

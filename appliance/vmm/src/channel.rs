@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The line between a machine's process and its parent.
+//!
+//! A pair of `SOCK_SEQPACKET` sockets: each packet is one message in JSON, and descriptors travel
+//! with it (`SCM_RIGHTS`), so that a machine that can open nothing still gets disks while it runs.
+//! The parent asks, the machine answers each question once and in order; between the answers it
+//! may tell that it has ended.
+//!
+//! The guest may have taken the machine's process over: the parent takes answers as data, and
+//! descriptors from nobody.
+
+use crate::{Error, Result};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// The largest message in bytes.
+const MOST: usize = 64 << 10;
+/// The most descriptors of one message: those of an image with many files. Linux takes 253.
+pub const MOST_DESCRIPTORS: usize = 64;
+
+/// A disk that is to be plugged in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewDisk {
+    /// At most 20 bytes by which the guest knows it.
+    pub serial: String,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether the guest's flushes reach it.
+    pub durable: bool,
+    /// Logical sector size in bytes: 512 or 4096.
+    pub sector_size: u32,
+    /// Where its contents are.
+    pub source: Source,
+}
+
+/// Where the contents of a disk are. Descriptors come with the message, in this order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Source {
+    /// A file with the bytes as they are: one descriptor.
+    Raw,
+    /// An export of the NBD server at the other end of a connected socket: one descriptor.
+    Nbd {
+        /// The export's name.
+        export: String,
+    },
+}
+
+/// What the parent asks for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// Plug a disk in.
+    Add(NewDisk),
+    /// Unplug the disk with this serial number, which the guest has let go.
+    Remove {
+        /// Its serial number.
+        serial: String,
+    },
+    /// Start the processors.
+    Start,
+}
+
+/// What the machine tells.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub enum Message {
+    /// The request was carried out.
+    Done,
+    /// It was not, for this reason.
+    Failed(String),
+    /// The guest has come to its end, in words. The machine's process waits for the parent to go
+    /// away, so that the memory can still be looked at.
+    Ended(String),
+}
+
+/// One end of the line.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Both ends.
+    ///
+    /// # Errors
+    ///
+    /// The operating system's.
+    pub fn pair() -> Result<(Self, Self)> {
+        let (here, there) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(Error::system("a line to the machine"))?;
+        Ok((Self(here), Self(there)))
+    }
+
+    /// Sends a message with descriptors.
+    ///
+    /// # Errors
+    ///
+    /// A message that is too large, and the operating system's: the other end may be gone.
+    pub fn send<M: Serialize>(&self, message: &M, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        let failed = |what: &str| Error::Config(format!("a message to the other end: {what}"));
+        let text = serde_json::to_vec(message).map_err(|error| failed(&error.to_string()))?;
+        if text.len() > MOST || descriptors.len() > MOST_DESCRIPTORS {
+            return Err(failed(&format!(
+                "{} bytes and {} descriptors, at most {MOST} and {MOST_DESCRIPTORS}",
+                text.len(),
+                descriptors.len()
+            )));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut rights = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !rights.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(failed("its descriptors do not fit"));
+        }
+        sendmsg(&self.0, &[IoSlice::new(&text)], &mut rights, SendFlags::NOSIGNAL)
+            .map_err(Error::system("a message to the other end"))?;
+        Ok(())
+    }
+
+    /// Waits for a message; `None` if the other end is gone.
+    ///
+    /// # Errors
+    ///
+    /// A message that makes no sense, and the operating system's.
+    pub fn receive<M: DeserializeOwned>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+        let mut text = vec![0; MOST];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+        let mut rights = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut parts = [IoSliceMut::new(&mut text)];
+            match recvmsg(&self.0, &mut parts, &mut rights, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+                other => break other.map_err(Error::system("a message from the other end"))?,
+            }
+        };
+        let mut descriptors = Vec::new();
+        for message in rights.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                descriptors.extend(fds);
+            }
+        }
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        let broken = |what: &str| Error::Config(format!("a message from the other end: {what}"));
+        if received
+            .flags
+            .intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC)
+        {
+            return Err(broken("it is too long"));
+        }
+        let text = text.get(..received.bytes).unwrap_or_default();
+        let message = serde_json::from_slice(text).map_err(|error| broken(&error.to_string()))?;
+        Ok(Some((message, descriptors)))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Channel {
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Read;
+
+    #[test]
+    fn messages_arrive_whole_with_their_descriptors() {
+        let (here, there) = Channel::pair().unwrap();
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let disk = NewDisk {
+            serial: "tranship-0".into(),
+            read_only: true,
+            durable: false,
+            sector_size: 512,
+            source: Source::Raw,
+        };
+        here.send(&Request::Add(disk), &[writer.as_fd()]).unwrap();
+        here.send(&Request::Start, &[]).unwrap();
+        drop(writer);
+        let (request, mut fds) = there.receive::<Request>().unwrap().unwrap();
+        assert!(matches!(request, Request::Add(disk) if disk.serial == "tranship-0"));
+        std::io::Write::write_all(&mut File::from(fds.pop().unwrap()), b"x").unwrap();
+        assert!(fds.is_empty());
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "x");
+        let (request, fds) = there.receive::<Request>().unwrap().unwrap();
+        assert!(matches!(request, Request::Start) && fds.is_empty());
+        drop(here);
+        assert!(there.receive::<Request>().unwrap().is_none());
+    }
+
+    #[test]
+    fn nonsense_and_too_much_are_errors() {
+        let (here, there) = Channel::pair().unwrap();
+        here.send(&"what?", &[]).unwrap();
+        assert!(there.receive::<Request>().is_err());
+        let long = Message::Failed("x".repeat(MOST));
+        assert!(here.send(&long, &[]).is_err());
+        let fds = vec![here.as_fd(); MOST_DESCRIPTORS + 1];
+        assert!(here.send(&Message::Done, &fds).is_err());
+    }
+}
