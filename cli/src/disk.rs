@@ -4,9 +4,9 @@
 use crate::failure::Failure;
 use std::path::Path;
 use std::sync::Arc;
-use tranship_appliance::Drive;
+use tranship_appliance::{Drive, Image};
 use tranship_block::{BlockDevice, Meter, Storage};
-use tranship_formats::{Format, OpenOptions, Spec};
+use tranship_formats::{Files, Format, OpenOptions, Spec};
 use tranship_qcow2::{CreateOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
 
@@ -38,16 +38,36 @@ pub(crate) fn open(
     usage: Use,
     meter: &Meter,
 ) -> Result<Disk, Failure> {
-    let format = format.map(str::parse::<Format>).transpose()?;
+    let named = format.map(str::parse::<Format>).transpose()?;
     let read_only = usage != Use::Write;
-    let meter = meter.disk("image", &path.to_string_lossy());
-    let options = OpenOptions { format, read_only, meter, ..OpenOptions::default() };
-    let opened = tranship_formats::open_spec(&Spec::from_word(path)?, &options)?;
-    let drive = match usage {
-        Use::Write => Drive { device: opened.device, read_only: false, durable: true },
-        Use::Read => Drive { device: opened.device, read_only: true, durable: false },
-        Use::Discard => Drive { device: overlay(opened.device)?, read_only: false, durable: false },
+    let spec = Spec::from_word(path)?;
+    let metered = meter.disk("image", &path.to_string_lossy());
+    // Another process could open the disk from its files, but would have to count and to hold it
+    // to a rate, too; and what it reads from a server comes through this one.
+    let elsewhere = !meter.is_active() && spec.path().is_some();
+    let files = if elsewhere { Files::Noting(Arc::default()) } else { Files::System };
+    let options =
+        OpenOptions { format: named, read_only, meter: metered, files, ..OpenOptions::default() };
+    let opened = tranship_formats::open_spec(&spec, &options)?;
+    let image = elsewhere.then(|| Image {
+        path: path.to_owned(),
+        format: format.map(ToOwned::to_owned),
+        files: Arc::new(
+            options
+                .files
+                .noted()
+                .into_iter()
+                .map(|noted| (noted.path, noted.writable, noted.file))
+                .collect(),
+        ),
+        discard: usage == Use::Discard,
+    });
+    let device = match usage {
+        Use::Write | Use::Read => opened.device,
+        Use::Discard => overlay(opened.device)?,
     };
+    let (read_only, durable) = (usage == Use::Read, usage == Use::Write);
+    let drive = Drive { device, read_only, durable, image };
     Ok(Disk { drive, warnings: opened.warnings })
 }
 

@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut guest = Guest::new(Settings::default());
     for path in arguments {
         let device = Arc::new(RawFile::open(Path::new(&path), Access::ReadOnly)?);
-        guest.add_drive(Drive { device, read_only: true, durable: false })?;
+        guest.add_drive(Drive { device, read_only: true, durable: false, image: None })?;
     }
     guest.launch(&boot)?;
     println!("{:#?} after {:?}", guest.launch_report()?, begun.elapsed());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What can run the appliance's machine, and which of them is chosen.
 
+use crate::drive::Image;
 use crate::own::Own;
 use crate::qemu::Qemu;
 use crate::{Error, ErrorKind, Result};
@@ -9,14 +10,17 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 use tranship_kvm::Verdict;
 
-/// A disk of the machine: an export of our NBD server.
+/// A disk of the machine: an export of our NBD server, or an image.
 #[derive(Clone, Debug)]
 pub struct SpecDisk {
     /// Name of the export.
     pub export: String,
+    /// The image instead, for backends that open images.
+    pub image: Option<Arc<Image>>,
     /// Serial number by which the agent knows the disk.
     pub serial: String,
     /// Whether the machine may only read it.
@@ -113,6 +117,11 @@ pub struct SnapshotFiles {
 pub trait Backend: Debug + Send + Sync {
     /// Its name, as `--backend` takes it.
     fn name(&self) -> &'static str;
+
+    /// Whether the machine opens images itself instead of asking our server for them.
+    fn opens_images(&self) -> bool {
+        false
+    }
 
     /// How many disks can be plugged into a running machine.
     fn most_plugged(&self) -> usize;

@@ -2,15 +2,13 @@
 //! The guest API: a handle with disks that is launched once and then answers calls.
 
 use crate::backend::{Preference, choose};
+use crate::drive::{Drive, Slot};
 use crate::launch::{Launch, LaunchTimes, Live};
 use crate::session::{CancelToken, Observer, Session, Silent};
 use crate::{Error, ErrorKind, Result};
-use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tranship_block::BlockDevice;
 use tranship_protocol::{
     Attributes, Call, FilesystemCheck, GuestPath, Name, NewFile, ProgramOutput, Reply, Space,
     Volume,
@@ -63,25 +61,12 @@ impl Default for Settings {
     }
 }
 
-/// A disk of the guest.
-#[derive(Clone, Debug)]
-pub struct Drive {
-    /// Its contents.
-    pub device: Arc<dyn BlockDevice>,
-    /// Whether the appliance may only read it.
-    pub read_only: bool,
-    /// Whether the appliance's flushes reach it. Not needed for a disk that is thrown away
-    /// if anything fails.
-    pub durable: bool,
-}
-
 /// A guest: its disks, and the appliance that reads and changes them.
 #[derive(Debug)]
 pub struct Guest {
     settings: Settings,
-    drives: Vec<Drive>,
-    /// Numbers of disks that were taken away again.
-    removed: BTreeSet<usize>,
+    /// By their numbers; none where a disk was taken away again.
+    drives: Vec<Option<Slot>>,
     cancel: CancelToken,
     live: Option<Live>,
     launched: bool,
@@ -93,7 +78,6 @@ impl Guest {
         Self {
             settings,
             drives: Vec::new(),
-            removed: BTreeSet::new(),
             cancel: CancelToken::default(),
             live: None,
             launched: false,
@@ -113,10 +97,11 @@ impl Guest {
     ///
     /// After the launch, [`ErrorKind::Launch`] if the machine does not take it, and the agent's.
     pub fn add_drive(&mut self, drive: Drive) -> Result<()> {
+        let mut slot = Slot::new(self.drives.len(), drive);
         if self.launched {
-            self.live("add_drive")?.plug(&[(self.drives.len(), &drive)])?;
+            self.live("add_drive")?.plug(&mut slot)?;
         }
-        self.drives.push(drive);
+        self.drives.push(Some(slot));
         Ok(())
     }
 
@@ -127,14 +112,15 @@ impl Guest {
     ///
     /// [`ErrorKind::Usage`] if there is no such disk, and the agent's if it is in use.
     pub fn remove_drive(&mut self, index: usize) -> Result<()> {
-        let missing = || usage(&format!("remove_drive: there is no disk number {index}"));
-        if self.removed.contains(&index) || index >= self.drives.len() {
-            return Err(missing());
+        if self.drives.get(index).is_none_or(Option::is_none) {
+            return Err(usage(&format!("remove_drive: there is no disk number {index}")));
         }
         if self.launched {
             self.live("remove_drive")?.unplug(index)?;
         }
-        self.removed.insert(index);
+        if let Some(slot) = self.drives.get_mut(index) {
+            *slot = None;
+        }
         Ok(())
     }
 
@@ -152,10 +138,9 @@ impl Guest {
         let begun = Instant::now();
         let choice = choose(self.settings.backend, self.settings.monitor.as_deref());
         let choosing = begun.elapsed();
-        let drives = self.drives.iter().enumerate();
-        let drives = drives.filter(|(index, _)| !self.removed.contains(index)).collect();
-        let launch = Launch { settings: &self.settings, drives, cancel: &self.cancel, boot };
-        self.live = Some(launch.run(choice, choosing)?);
+        let launch = Launch { settings: &self.settings, cancel: &self.cancel, boot };
+        let slots = self.drives.iter_mut().flatten();
+        self.live = Some(launch.run(choice, choosing, slots)?);
         Ok(())
     }
 

@@ -2,16 +2,16 @@
 //! From a choice of backend to an agent that answers: by a boot, or from a saved machine.
 
 use crate::backend::{Backend, Choice, Machine, MachineSpec, SpecDisk};
-use crate::guest::{Boot, Drive, Settings};
+use crate::drive::{Slot, export_name};
+use crate::guest::{Boot, Settings};
 use crate::session::{CancelToken, Session};
 use crate::snapshots::{Key, Snapshots};
 use crate::{Error, ErrorKind, Result};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tranship_nbd::{Export, Limits, Running, Server};
-use tranship_protocol::{Call, Hello, MOST_ENTROPY, disk_name, disk_serial};
+use tranship_protocol::{Call, Hello, MOST_ENTROPY, disk_serial};
 
 /// Bytes from this host's random pool that a restored machine gets.
 const ENTROPY: usize = 64;
@@ -71,6 +71,7 @@ pub(crate) struct Live {
     disks: Running,
     _folder: tempfile::TempDir,
     pub(crate) backend: &'static str,
+    opens_images: bool,
     pub(crate) reason: String,
     pub(crate) times: LaunchTimes,
 }
@@ -78,8 +79,6 @@ pub(crate) struct Live {
 /// What is to be launched.
 pub(crate) struct Launch<'a> {
     pub(crate) settings: &'a Settings,
-    /// The disks with their numbers.
-    pub(crate) drives: Vec<(usize, &'a Drive)>,
     pub(crate) cancel: &'a CancelToken,
     pub(crate) boot: &'a Boot,
 }
@@ -93,7 +92,12 @@ struct Up {
 
 impl Launch<'_> {
     /// Starts the machine and waits for its agent.
-    pub(crate) fn run(&self, choice: Choice, choosing: Duration) -> Result<Live> {
+    pub(crate) fn run<'s>(
+        &self,
+        choice: Choice,
+        choosing: Duration,
+        slots: impl Iterator<Item = &'s mut Slot>,
+    ) -> Result<Live> {
         let reason = choice.reason.clone();
         let backend = choice.into_backend()?;
         let folder = tempfile::Builder::new()
@@ -102,8 +106,13 @@ impl Launch<'_> {
             .tempdir_in(&self.settings.runtime_dir)
             .map_err(|error| io("a folder for sockets", error))?;
         let socket = folder.path().join("nbd");
-        let (exports, disks): (Vec<Export>, Vec<SpecDisk>) =
-            self.drives.iter().map(|(index, drive)| describe(*index, drive)).unzip();
+        let opens_images = backend.opens_images();
+        let (disks, exports): (Vec<SpecDisk>, Vec<Option<Export>>) =
+            slots.map(|slot| slot.hand_over(opens_images)).unzip();
+        let exports: Vec<Export> = exports.into_iter().flatten().collect();
+        if disks.len() > FEW_DISKS {
+            allow_more_descriptors();
+        }
         let limits = Limits::default();
         // Each disk is a connection, more may be plugged in, and one may be on its way out.
         let connections = limits.connections.max(exports.len().saturating_mul(2));
@@ -120,6 +129,7 @@ impl Launch<'_> {
             disks: server,
             _folder: folder,
             backend: backend.name(),
+            opens_images,
             reason,
             times,
         })
@@ -273,17 +283,21 @@ impl Launch<'_> {
 }
 
 impl Live {
-    /// Plugs disks in, which have these numbers.
-    pub(crate) fn plug(&self, drives: &[(usize, &Drive)]) -> Result<()> {
-        let mut disks = Vec::with_capacity(drives.len());
-        for (index, drive) in drives {
-            let (export, disk) = describe(*index, drive);
+    /// Plugs a disk in.
+    pub(crate) fn plug(&self, slot: &mut Slot) -> Result<()> {
+        let (disk, export) = slot.hand_over(self.opens_images);
+        if let Some(export) = export {
             self.disks
                 .add_export(export)
                 .map_err(|error| Error::new(ErrorKind::Io, "serving the disk").because(error))?;
-            disks.push(disk);
         }
-        plug(&*self.machine, &self.session, &disks)
+        let plugged = plug(&*self.machine, &self.session, std::slice::from_ref(&disk));
+        if plugged.is_err() {
+            // What did not get there leaves nothing behind.
+            let _ = self.machine.remove_disk(&disk.serial);
+            let _ = self.disks.remove_export(&disk.export);
+        }
+        plugged
     }
 
     /// Unplugs the disk with this number.
@@ -291,9 +305,12 @@ impl Live {
         let serial = disk_serial(index);
         self.session.call(&Call::Unplug { serial: serial.clone() })?;
         self.machine.remove_disk(&serial)?;
-        self.disks
-            .remove_export(&export_name(index))
-            .map_err(|error| Error::new(ErrorKind::Io, "writing the disk out").because(error))
+        match self.disks.remove_export(&export_name(index)) {
+            // The machine had opened the image itself.
+            Err(error) if error.kind() == tranship_block::ErrorKind::NotFound => Ok(()),
+            other => other
+                .map_err(|error| Error::new(ErrorKind::Io, "writing the disk out").because(error)),
+        }
     }
 
     /// Writes everything out and ends the machine.
@@ -329,30 +346,20 @@ fn fill(mut rest: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
+/// Disks for which the usual 1024 descriptors are plenty.
+const FEW_DISKS: usize = 64;
+
+/// Takes as many descriptors as this process may have: programs that use `select` are why there
+/// are fewer at first, and this is none of them.
+fn allow_more_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
 fn stages(hello: &Hello) -> Vec<(String, Duration)> {
     let stages = hello.stages.iter().take(64);
     stages.map(|(name, micros)| (name.clone(), Duration::from_micros(*micros))).collect()
-}
-
-fn export_name(index: usize) -> String {
-    format!("disk{index}")
-}
-
-fn describe(index: usize, drive: &Drive) -> (Export, SpecDisk) {
-    let export = export_name(index);
-    let disk = SpecDisk {
-        export: export.clone(),
-        serial: disk_serial(index),
-        read_only: drive.read_only,
-        sector_size: drive.device.sector_size(),
-        durable: drive.durable,
-    };
-    let export = Export {
-        description: disk_name(index),
-        read_only: drive.read_only,
-        ..Export::new(export, Arc::clone(&drive.device))
-    };
-    (export, disk)
 }
 
 fn io(what: &str, error: std::io::Error) -> Error {

@@ -9,6 +9,7 @@
 mod backend;
 mod clock;
 mod console;
+mod drive;
 mod error;
 mod guest;
 mod launch;
@@ -21,8 +22,9 @@ mod snapshots;
 pub use backend::{
     Backend, Choice, Machine, MachineSpec, Preference, SnapshotFiles, SpecDisk, choose,
 };
+pub use drive::{Drive, Image};
 pub use error::{Error, ErrorKind, Result};
-pub use guest::{Boot, Drive, Guest, Settings};
+pub use guest::{Boot, Guest, Settings};
 pub use launch::{LaunchTimes, Start};
 pub use own::MACHINE_NAME;
 pub use process::Process;

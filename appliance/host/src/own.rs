@@ -114,6 +114,10 @@ impl Backend for Own {
         "kvm"
     }
 
+    fn opens_images(&self) -> bool {
+        true
+    }
+
     fn most_plugged(&self) -> usize {
         MOST_DISKS
     }
@@ -265,13 +269,28 @@ impl Machine for OwnMachine {
     }
 
     fn add_disk(&self, disk: &SpecDisk) -> Result<()> {
-        let SpecDisk { export, serial, read_only, sector_size, durable } = disk.clone();
-        let socket = UnixStream::connect(&self.disk_socket).map_err(|error| {
-            Error::new(ErrorKind::Io, "connecting to the server of the disks").because(error)
-        })?;
-        let source = Source::Nbd { export };
-        let new = NewDisk { serial, read_only, durable, sector_size, source };
-        self.ask(&Request::Add(new), &[socket.as_fd()])
+        let SpecDisk { export, image, serial, read_only, sector_size, durable } = disk.clone();
+        let disk = |source| NewDisk { serial, read_only, durable, sector_size, source };
+        let Some(image) = image else {
+            let socket = UnixStream::connect(&self.disk_socket).map_err(|error| {
+                Error::new(ErrorKind::Io, "connecting to the server of the disks").because(error)
+            })?;
+            let request = Request::Add(disk(Source::Nbd { export }));
+            return self.ask(&request, &[socket.as_fd()]);
+        };
+        let source = Source::Image {
+            path: image.path.clone(),
+            format: image.format.clone(),
+            files: image.files.iter().map(|(path, write, _)| (path.clone(), *write)).collect(),
+            discard: image.discard,
+        };
+        let mut descriptors: Vec<BorrowedFd<'_>> =
+            image.files.iter().map(|(_, _, file)| file.as_fd()).collect();
+        // A file without a name ends with the machine, however that ends.
+        let overlay = image.discard.then(tempfile::tempfile).transpose();
+        let overlay = overlay.map_err(|error| launch("making a temporary file", error))?;
+        descriptors.extend(overlay.as_ref().map(AsFd::as_fd));
+        self.ask(&Request::Add(disk(source)), &descriptors)
     }
 
     fn remove_disk(&self, serial: &str) -> Result<()> {

@@ -118,7 +118,7 @@ impl Qemu {
 
 fn disk_arguments(index: usize, disk: &SpecDisk, socket: &str) -> [String; 2] {
     let on = |yes| if yes { "on" } else { "off" };
-    let SpecDisk { export, serial, read_only, sector_size, durable } = disk;
+    let SpecDisk { export, serial, read_only, sector_size, durable, .. } = disk;
     let (slot, function) = (FIRST_DISK_SLOT + index / 8, index % 8);
     [
         format!(
@@ -180,6 +180,7 @@ mod tests {
         let (bulk, _) = UnixStream::pair().unwrap();
         let disk = SpecDisk {
             export: "disk0".into(),
+            image: None,
             serial: "tranship-0".into(),
             read_only: false,
             sector_size: 512,

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 /// The largest message in bytes.
 const MOST: usize = 64 << 10;
@@ -45,6 +46,17 @@ pub struct NewDisk {
 pub enum Source {
     /// A file with the bytes as they are: one descriptor.
     Raw,
+    /// An image of any format: a descriptor for each file, and one more with `discard`.
+    Image {
+        /// Its path, from which the names of its other files start.
+        path: PathBuf,
+        /// Its format's name; recognised if it is not given.
+        format: Option<String>,
+        /// The files that it consists of, and whether they are to be written.
+        files: Vec<(PathBuf, bool)>,
+        /// Whether what is written is thrown away. The last descriptor is an empty file for it.
+        discard: bool,
+    },
     /// An export of the NBD server at the other end of a connected socket: one descriptor.
     Nbd {
         /// The export's name.

@@ -5,8 +5,10 @@
 //! of that file's descriptor. Before the first instruction of the guest runs, the process
 //! gives up what it does not need ([`crate::confine`]).
 
+mod disk;
+
 use crate::channel::{Channel, Message, NewDisk, Request, Source};
-use crate::machine::{Disk, Machine, Parts};
+use crate::machine::{Machine, Parts};
 use crate::memory::Backing;
 use crate::{Ending, Error, Result, confine};
 use rustix::event::{PollFd, PollFlags};
@@ -17,10 +19,6 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use tranship_block::BlockDevice;
-use tranship_nbd::{ClientOptions, Remote};
-use tranship_raw::{Access, RawFile};
 
 /// The most that an order may be long.
 const MOST: u64 = 1 << 20;
@@ -114,6 +112,7 @@ fn is_open(number: RawFd) -> bool {
 pub fn run(number: RawFd) -> Result<Ending> {
     let (order, mut inherited) = read(number)?;
     confine::give_up_privileges(&inherited.0)?;
+    allow_more_descriptors();
     let channel = Channel::from(inherited.take(order.channel, "the line to the parent")?);
     let mut disks = Vec::with_capacity(order.own_disks.len());
     for (serial, number) in &order.own_disks {
@@ -124,7 +123,7 @@ pub fn run(number: RawFd) -> Result<Ending> {
             sector_size: 512,
             source: Source::Raw,
         };
-        disks.push(open(new, vec![inherited.take(*number, serial)?])?);
+        disks.push(disk::open(new, vec![inherited.take(*number, serial)?])?);
     }
     let mut ports = Vec::with_capacity(order.ports.len());
     for (name, number) in &order.ports {
@@ -150,6 +149,13 @@ pub fn run(number: RawFd) -> Result<Ending> {
     })?;
     confine::allow_only_what_a_machine_needs()?;
     Served { machine, channel }.serve()
+}
+
+/// As many disks as there is room for need more descriptors than a process has at first.
+fn allow_more_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// A machine and who asks something of it.
@@ -201,7 +207,7 @@ impl Served {
 
     fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<()> {
         match request {
-            Request::Add(disk) => self.machine.add_disk(open(disk, descriptors)?),
+            Request::Add(new) => self.machine.add_disk(disk::open(new, descriptors)?),
             Request::Remove { serial } => self.machine.remove_disk(&serial),
             Request::Start => self.machine.start(true),
         }
@@ -213,36 +219,4 @@ fn with_cause(error: &Error) -> String {
         Some(cause) => format!("{error}: {cause}"),
         None => error.to_string(),
     }
-}
-
-/// Opens a disk whose descriptors have come with its description.
-fn open(disk: NewDisk, descriptors: Vec<OwnedFd>) -> Result<Disk> {
-    let refused = |message: String| Error::Disk { serial: disk.serial.clone(), message };
-    let failed = |error: tranship_block::Error| refused(error.to_string());
-    let mut descriptors = descriptors.into_iter();
-    let mut next =
-        || descriptors.next().ok_or_else(|| refused("it came without its descriptor".into()));
-    let device: Arc<dyn BlockDevice> = match &disk.source {
-        Source::Raw => {
-            let access = if disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
-            let file = RawFile::from_file(File::from(next()?), &disk.serial, access);
-            Arc::new(file.map_err(failed)?)
-        }
-        Source::Nbd { export } => {
-            let options = ClientOptions {
-                export: export.clone(),
-                read_only: disk.read_only,
-                ..ClientOptions::default()
-            };
-            let stream = UnixStream::from(next()?);
-            Arc::new(Remote::from_stream(stream, &options).map_err(failed)?)
-        }
-    };
-    Ok(Disk {
-        device,
-        serial: disk.serial,
-        read_only: disk.read_only,
-        durable: disk.durable,
-        sector_size: disk.sector_size,
-    })
 }

@@ -136,6 +136,9 @@ mod tests {
     fn times() -> LaunchTimes {
         let ms = Duration::from_millis;
         LaunchTimes {
+            start: tranship_appliance::Start::Cold,
+            save: ms(0),
+            plug: ms(0),
             choose: ms(20),
             boot: ms(500),
             stages: vec![("kernel".into(), ms(300)), ("ports".into(), ms(340))],

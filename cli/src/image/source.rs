@@ -237,6 +237,7 @@ impl<'a> Opening<'a> {
             direct_below: self.direct_below.unwrap_or(self.direct),
             secrets: secrets::parse(&self.naming.object)?,
             meter: meter.clone(),
+            files: tranship_formats::Files::System,
         };
         if self.writable && self.force_share {
             return Err(failed(Failure::usage(

@@ -127,6 +127,7 @@ impl Opening<'_> {
             direct_below: self.settings.direct,
             secrets: secrets::parse(&encryption::without_servers(&args.object)?)?,
             meter: meter.clone(),
+            files: tranship_formats::Files::System,
         };
         let opened = tranship_formats::open_spec(&spec, &options).map_err(|error| {
             let kind = error.kind();

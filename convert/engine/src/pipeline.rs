@@ -161,7 +161,7 @@ fn launch(
         // If the machine dies the overlay is thrown away, so its flushes need not wait for
         // the host's disk.
         guest
-            .add_drive(Drive { device, read_only: false, durable: false })
+            .add_drive(Drive { device, read_only: false, durable: false, image: None })
             .map_err(|error| from_appliance("adding a disk".to_owned(), error))?;
     }
     let boot = Boot { kernel: image.kernel, initramfs: image.initramfs, tools: image.tools };

@@ -80,10 +80,15 @@ impl Meter {
         Self { rate, counts, disks: Arc::default() }
     }
 
+    /// Whether it holds disks to a rate or counts.
+    pub fn is_active(&self) -> bool {
+        self.rate.is_some() || self.counts
+    }
+
     /// The meter of the disk called `name`. A disk that is opened again in the same role
     /// is the same.
     pub fn disk(&self, role: &str, name: &str) -> DiskMeter {
-        if self.rate.is_none() && !self.counts {
+        if !self.is_active() {
             return DiskMeter::default();
         }
         let mut disks = locked(&self.disks);

@@ -7,7 +7,7 @@ mod member;
 use crate::layer::{Disk, Layer, Opened};
 use crate::null::NullDevice;
 use crate::spec::{Below, Member, NbdAddress, SliceOf, Spec};
-use crate::{FolderGate, Format, Secrets, probe};
+use crate::{Files, FolderGate, Format, Secrets, probe};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -76,6 +76,8 @@ pub struct OpenOptions {
     pub secrets: Secrets,
     /// What counts the disk and its files, and holds the disk to a rate.
     pub meter: DiskMeter,
+    /// Where the files come from.
+    pub files: Files,
 }
 
 /// Opens the disk at `path` with its backing chain.
@@ -186,11 +188,12 @@ impl<'a> Walk<'a> {
         let path = spec.path().unwrap_or(Path::new(&spec.name));
         // A disk of Parallels is a folder.
         let inside = path.join("DiskDescriptor.xml");
-        let path = if inside.is_file() { &inside } else { path };
+        let path = if self.options.files.has(&inside) { &inside } else { path };
         let (file, storage): (Arc<dyn BlockDevice>, Option<Arc<dyn Storage>>) = match &spec.place {
             crate::spec::Place::File(_) => {
                 let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
-                let file = RawFile::open(path, access)?;
+                let open = || RawFile::open(path, access);
+                let file = self.options.files.open(path, access, open)?;
                 self.remember(&file)?;
                 self.lock(&file, read_only)?;
                 let file = Arc::new(cached(file, direct)?);
@@ -226,7 +229,7 @@ impl<'a> Walk<'a> {
         let storage = storage.filter(|_| !read_only);
         let allowed = &self.options.allowed;
         let place = Place::Folder(match spec.path() {
-            Some(_) => FolderGate::beside(path, allowed),
+            Some(_) => self.beside(path),
             // The folders in a URI are none of this host's.
             None => FolderGate::nowhere(allowed),
         });
@@ -237,6 +240,12 @@ impl<'a> Walk<'a> {
         let name = &spec.name;
         let image = Image { file, storage, name, path, format, spec: Some(spec), direct };
         self.image(image, &place)
+    }
+
+    /// The gate for what the image at `path` asks for.
+    fn beside(&self, path: &Path) -> FolderGate {
+        let gate = FolderGate::beside(path, &self.options.allowed);
+        FolderGate { files: self.options.files.clone(), ..gate }
     }
 
     /// Takes the locks by which QEMU's programs keep out of each other's way.
@@ -381,7 +390,7 @@ impl<'a> Walk<'a> {
                 let path = file.path().to_owned();
                 let file: Arc<dyn BlockDevice> = Arc::new(cached(file, direct)?);
                 let format = below_format(&*file, &path, name, format)?;
-                let place = Place::Folder(FolderGate::beside(&path, &self.options.allowed));
+                let place = Place::Folder(self.beside(&path));
                 let image = Image { file, storage, name, path: &path, format, spec, direct };
                 self.image(image, &place)
             }

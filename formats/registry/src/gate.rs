@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The gate for images that lie in a folder.
 
+use crate::Files;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use std::fs::File;
@@ -22,6 +23,8 @@ pub struct FolderGate {
     pub folder: Option<PathBuf>,
     /// Folders in which absolute names and names with `..` may end as well.
     pub allowed: Vec<PathBuf>,
+    /// Where the files come from.
+    pub files: Files,
 }
 
 impl FolderGate {
@@ -31,12 +34,13 @@ impl FolderGate {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        Self { folder: Some(folder.to_owned()), allowed: allowed.to_vec() }
+        let (folder, allowed) = (Some(folder.to_owned()), allowed.to_vec());
+        Self { folder, allowed, files: Files::System }
     }
 
     /// The gate for an image that is in no folder: absolute names alone can be allowed.
     pub fn nowhere(allowed: &[PathBuf]) -> Self {
-        Self { folder: None, allowed: allowed.to_vec() }
+        Self { folder: None, allowed: allowed.to_vec(), files: Files::System }
     }
 
     /// The path that a name means.
@@ -56,8 +60,13 @@ impl FolderGate {
     /// As [`Gate::open`].
     pub fn open_file(&self, request: Request<'_>) -> Result<RawFile> {
         check_name(request)?;
-        let name = Path::new(request.name);
         let whole = self.whole(request)?;
+        self.files.open(&whole, access(request), || self.find(&whole, request))
+    }
+
+    /// Opens what `request` names, which is `whole`, by its name.
+    fn find(&self, whole: &Path, request: Request<'_>) -> Result<RawFile> {
+        let name = Path::new(request.name);
         let is_plain =
             name.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
         let found = match &self.folder {
@@ -66,10 +75,10 @@ impl FolderGate {
         };
         let file = match found {
             Some(file) => file,
-            None => self.in_allowed(&whole, request)?,
+            None => self.in_allowed(whole, request)?,
         };
         let access = access(request);
-        let file = RawFile::from_file(file, &whole, access)
+        let file = RawFile::from_file(file, whole, access)
             .map_err(|error| denied(request, "is not a regular file").because(error))?;
         if file.is_block_device() {
             return Err(denied(request, "is a block device"));
@@ -85,7 +94,8 @@ impl FolderGate {
     pub fn open_parent(&self, request: Request<'_>) -> Result<RawFile> {
         check_name(request)?;
         let whole = self.whole(request)?;
-        RawFile::open(&whole, access(request)).map_err(|error| match error.kind() {
+        let open = || RawFile::open(&whole, access(request));
+        self.files.open(&whole, access(request), open).map_err(|error| match error.kind() {
             ErrorKind::Unsupported => {
                 denied(request, "is neither a regular file nor a block device").because(error)
             }

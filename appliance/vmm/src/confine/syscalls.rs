@@ -214,6 +214,9 @@ pub(super) fn process() -> Result<[BpfProgram; 3]> {
     let mut rules = runtime()?;
     rules.extend(INPUT_OUTPUT.iter().map(|number| (*number, Vec::new())));
     rules.insert(libc::SYS_ioctl, one_of(1, IOCTLS)?);
+    // The NBD client sets the time-outs and buffers of its socket.
+    let socket_level = u64::try_from(libc::SOL_SOCKET).unwrap_or(1);
+    rules.insert(libc::SYS_setsockopt, one_of(1, &[socket_level])?);
     // Threads, but no processes.
     let thread = u64::try_from(libc::CLONE_THREAD).unwrap_or(0);
     let masked = condition(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?;

@@ -15,7 +15,8 @@ use tranship_protocol::GuestPath;
 pub(super) fn trim(source: Source, cancel: &CancelToken, console: Console) -> Result<u64, Failure> {
     let machine = MachineArgs { backend: None, memsize: None, smp: None };
     let mut guest = Guest::new(places::settings(&machine)).with_cancel(cancel.clone());
-    let drive = Drive { device: source.opened.device, read_only: false, durable: true };
+    let drive =
+        Drive { device: source.opened.device, read_only: false, durable: true, image: None };
     drop(source.opened.layers);
     guest.add_drive(drive)?;
     guest.launch(&places::boot(&telling())?)?;
