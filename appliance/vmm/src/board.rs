@@ -79,7 +79,7 @@ pub(crate) fn count(counter: &AtomicU64) {
 pub(crate) struct Board {
     pub(crate) pci: Pci,
     pub(crate) exits: Exits,
-    uart: Uart,
+    pub(crate) uart: Uart,
     ending: Mutex<Option<Ending>>,
     ended: Condvar,
     /// Becomes readable at the end, too.

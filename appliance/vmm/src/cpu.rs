@@ -15,12 +15,16 @@ const SEGMENTS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 /// Bits of CPUID leaf 1.
 mod leaf1 {
     pub(super) const ECX_MONITOR: u32 = 1 << 3;
+    pub(super) const ECX_VMX: u32 = 1 << 5;
     pub(super) const ECX_PDCM: u32 = 1 << 15;
     pub(super) const ECX_X2APIC: u32 = 1 << 21;
     pub(super) const ECX_TSC_DEADLINE: u32 = 1 << 24;
     pub(super) const ECX_HYPERVISOR: u32 = 1 << 31;
     pub(super) const EDX_HTT: u32 = 1 << 28;
 }
+
+/// Bit of CPUID leaf 0x80000001, ECX: AMD's virtualization.
+const SVM: u32 = 1 << 2;
 
 /// Levels of the topology leaves: threads, then cores.
 const LEVEL_THREAD: u32 = 1;
@@ -38,7 +42,9 @@ pub(crate) fn identification(supported: &CpuId, number: u8, processors: u8) -> R
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0x0000_ffff | count << 16 | id << 24;
-                entry.ecx &= !(leaf1::ECX_MONITOR | leaf1::ECX_PDCM);
+                // No virtualization inside: the appliance has no use for it, and a snapshot
+                // would have to hold that machine's state, too.
+                entry.ecx &= !(leaf1::ECX_MONITOR | leaf1::ECX_PDCM | leaf1::ECX_VMX);
                 entry.ecx |= leaf1::ECX_X2APIC | leaf1::ECX_TSC_DEADLINE | leaf1::ECX_HYPERVISOR;
                 entry.edx &= !leaf1::EDX_HTT;
                 if count > 1 {
@@ -50,8 +56,10 @@ pub(crate) fn identification(supported: &CpuId, number: u8, processors: u8) -> R
                 let sharing = if entry.eax >> 5 & 7 >= 3 { count - 1 } else { 0 };
                 entry.eax = entry.eax & 0x3fff | sharing << 14 | (count - 1) << 26;
             }
-            // No performance counters: the kernel would program what is not there.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            // No performance counters: the kernel would program what is not there. The other is
+            // AMD's virtualization.
+            0xa | 0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            0x8000_0001 => entry.ecx &= !SVM,
             // Cores of the package (AMD), and which one this is.
             0x8000_0008 => entry.ecx = bits << 12 | (count - 1),
             0x8000_001e => {
@@ -157,9 +165,10 @@ mod tests {
             ..Default::default()
         };
         CpuId::from_entries(&[
-            leaf(1, 0xff10_0800, leaf1::ECX_MONITOR, leaf1::EDX_HTT),
+            leaf(1, 0xff10_0800, leaf1::ECX_MONITOR | leaf1::ECX_VMX, leaf1::EDX_HTT),
             leaf(0xa, 7, 7, 7),
             leaf(0xb, 9, 9, 9),
+            leaf(0x8000_0001, 0, SVM | 1, 0),
             leaf(0x8000_0008, 0, 0, 0),
         ])
         .unwrap()
@@ -177,7 +186,8 @@ mod tests {
         };
         let first = find(1, 0);
         assert_eq!(first.ebx, 0x0203_0800);
-        assert_eq!(first.ecx & leaf1::ECX_MONITOR, 0);
+        assert_eq!(first.ecx & (leaf1::ECX_MONITOR | leaf1::ECX_VMX), 0);
+        assert_eq!(find(0x8000_0001, 0).ecx, 1);
         assert_ne!(first.edx & leaf1::EDX_HTT, 0);
         assert_eq!(find(0xa, 0).ebx, 0);
         assert_eq!((find(0xb, 1).eax, find(0xb, 1).ebx, find(0xb, 1).edx), (2, 3, 2));

@@ -35,6 +35,12 @@ pub enum Error {
     /// The description of the machine makes no sense.
     #[error("{0}")]
     Config(String),
+    /// The machine cannot be saved now.
+    #[error("the machine cannot be saved: {0}")]
+    Unsaved(String),
+    /// A snapshot is damaged, or is not one of this machine.
+    #[error("the snapshot: {0}")]
+    Snapshot(String),
     /// A disk cannot be opened.
     #[error("disk {serial}: {message}")]
     Disk {

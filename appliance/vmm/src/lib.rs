@@ -22,9 +22,11 @@ mod memory;
 mod pci;
 mod processors;
 mod serial;
+mod snapshot;
 mod virtio;
 
 pub use board::Ending;
 pub use error::{Error, Result};
 pub use machine::{Disk, MOST_PROCESSORS, Machine, Parts};
 pub use memory::{Backing, Memory, Ram};
+pub use snapshot::Snapshot;

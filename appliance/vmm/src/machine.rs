@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A machine from its parts to its end.
 
+mod saving;
+
 use crate::board::{Board, Ending};
 use crate::memory::{Backing, Memory, Ram};
 use crate::pci::msix::MessageSink;
 use crate::pci::{Address, MOST_DEVICES};
 use crate::processors::Processors;
+use crate::snapshot::processor::Savable;
 use crate::virtio::VirtioDevice;
 use crate::virtio::blk::{Blk, Presentation};
 use crate::virtio::console::{Console, Port};
@@ -14,7 +17,7 @@ use crate::virtio::transport::{Doorbells, Function};
 use crate::virtio::worker::Spawner;
 use crate::{Error, Result, acpi, cpu, kernel, layout};
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_msi, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
@@ -77,8 +80,13 @@ pub struct Machine {
     board: Arc<Board>,
     processors: Processors,
     slots: Slots,
+    /// What each processor says that it is.
+    identifications: Vec<CpuId>,
+    savable: Savable,
+    vm: Arc<VmFd>,
+    memory_mib: u32,
     /// The guest's memory goes last: the virtual machine uses it.
-    _memory: Memory,
+    memory: Memory,
 }
 
 /// What a device needs to be put into its place.
@@ -146,6 +154,11 @@ impl Machine {
     ///
     /// Parts that make no sense or do not fit, and KVM's.
     pub fn build(parts: Parts) -> Result<Self> {
+        Self::assemble(parts, true)
+    }
+
+    /// Puts the parts together, with the kernel in memory or with nothing in it.
+    fn assemble(parts: Parts, load: bool) -> Result<Self> {
         let Parts { processors: count, memory_mib, .. } = parts;
         if !(1..=MOST_PROCESSORS).contains(&count) {
             return Err(Error::Config(format!(
@@ -183,24 +196,33 @@ impl Machine {
             slots.put(&board, device)?;
         }
 
-        let tables = acpi::write(&memory.ram, count)?;
-        let (mut kernel, mut initramfs) = (parts.kernel, parts.initramfs);
-        let entry =
-            kernel::load(&memory.ram, &mut kernel, &mut initramfs, &parts.command_line, tables)?;
+        let mut entry = None;
+        if load {
+            let tables = acpi::write(&memory.ram, count)?;
+            let (mut kernel, mut initramfs) = (parts.kernel, parts.initramfs);
+            let line = &parts.command_line;
+            entry = Some(kernel::load(&memory.ram, &mut kernel, &mut initramfs, line, tables)?);
+        }
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::kvm("asking for processor features"))?;
-        let mut vcpus = Vec::new();
+        let savable = Savable::new(&kvm, &vm)?;
+        let (mut vcpus, mut identifications) = (Vec::new(), Vec::new());
         for number in 0..count {
             let vcpu = vm.create_vcpu(number.into()).map_err(Error::kvm("creating a processor"))?;
-            cpu::prepare(&vcpu, &cpu::identification(&supported, number, count)?)?;
-            if number == 0 {
+            let identification = cpu::identification(&supported, number, count)?;
+            cpu::prepare(&vcpu, &identification)?;
+            identifications.push(identification);
+            if number == 0
+                && let Some(entry) = entry
+            {
                 cpu::enter_kernel(&vcpu, &memory.ram, entry)?;
             }
             vcpus.push(vcpu);
         }
+        let processors = Processors::new(vcpus);
         let mut machine =
-            Self { processors: Processors::new(vcpus), board, slots, _memory: memory };
+            Self { board, processors, slots, identifications, savable, vm, memory_mib, memory };
         for disk in parts.disks {
             machine.add_disk(disk)?;
         }
@@ -213,6 +235,10 @@ impl Machine {
     ///
     /// A thread that cannot be started.
     pub fn start(&mut self, confined: bool) -> Result<()> {
+        for (_, function) in self.board.pci.all() {
+            // Those that the guest of a snapshot had started.
+            crate::pci::lock(&function).resume();
+        }
         self.processors.start(&self.board, confined)
     }
 

@@ -12,12 +12,16 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
+};
 
 /// Guest memory as every part of the machine uses it.
 pub type Ram = GuestMemoryMmap<()>;
 
 const HUGE_PAGE: usize = 2 << 20;
+const SMALL_PAGE: usize = 4096;
 
 /// What the memory is made of.
 #[derive(Debug)]
@@ -37,6 +41,8 @@ pub enum Backing {
 pub struct Memory {
     /// The memory as the guest sees it.
     pub ram: Ram,
+    /// Whether a page that was never touched may not be there when it is asked for.
+    scarce: bool,
     /// Dropped after `ram`, which points into it.
     _mappings: Vec<Mapping>,
 }
@@ -68,7 +74,7 @@ impl Memory {
             Backing::Anonymous => None,
             Backing::Shared => Some(memory_file(bytes, false)?),
             Backing::HugePages => Some(memory_file(bytes, true)?),
-            Backing::Private(file) => Some(Arc::clone(file)),
+            Backing::Private(file) => Some(whole(file, bytes)?),
         };
         let shared = matches!(backing, Backing::Shared | Backing::HugePages);
         let (mut regions, mut mappings) = (Vec::new(), Vec::new());
@@ -95,7 +101,49 @@ impl Memory {
             offset += len;
         }
         let ram = Ram::from_regions(regions).map_err(|error| Error::Memory(error.to_string()))?;
-        Ok(Self { ram, _mappings: mappings })
+        let scarce = matches!(backing, Backing::HugePages);
+        Ok(Self { ram, scarce, _mappings: mappings })
+    }
+}
+
+/// A file that ends before the memory does would end us at the first access beyond.
+fn whole(file: &Arc<File>, bytes: u64) -> Result<Arc<File>> {
+    let data = file.metadata().map_err(Error::system("the size of the snapshot's memory"))?;
+    if !data.is_file() || data.len() != bytes {
+        return Err(Error::Snapshot(format!(
+            "its memory is a file of {} bytes, expected {bytes}",
+            data.len()
+        )));
+    }
+    Ok(Arc::clone(file))
+}
+
+impl Memory {
+    /// Whether there may be anything but zeroes in `len` bytes of a region.
+    ///
+    /// Reading memory that was never touched costs a page of zeroes that all share, but in
+    /// hugetlbfs a page of its own, and there may be none left.
+    pub(crate) fn may_hold_data(
+        &self,
+        region: &GuestRegionMmap,
+        at: u64,
+        len: usize,
+    ) -> Result<bool> {
+        if !self.scarce {
+            return Ok(true);
+        }
+        let start = region
+            .get_host_address(MemoryRegionAddress(at))
+            .map_err(|error| Error::Memory(error.to_string()))?;
+        let mut resident = vec![0; len.div_ceil(SMALL_PAGE)];
+        // SAFETY: the call looks at page tables only, and writes a byte for each page.
+        let outcome = unsafe { libc::mincore(start.cast(), len, resident.as_mut_ptr()) };
+        if outcome != 0 {
+            return Err(
+                Error::system("asking for touched memory")(std::io::Error::last_os_error()),
+            );
+        }
+        Ok(resident.iter().any(|page| page & 1 != 0))
     }
 }
 
@@ -191,7 +239,7 @@ impl Drop for Mapping {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     #[test]
     fn memory_leaves_a_hole_for_devices() {

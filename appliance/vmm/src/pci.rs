@@ -6,12 +6,13 @@ pub(crate) mod msix;
 
 use crate::layout::{BAR_SIZE, BAR_WINDOW, BAR_WINDOW_SIZE, BUSES, ECAM_BUS};
 use crate::virtio::transport::Function;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 /// Bus, slot and function of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) struct Address {
     pub(crate) bus: u8,
     /// Slot in the upper five bits, function in the lower three.
@@ -145,6 +146,16 @@ impl Pci {
     /// The guest writes to it.
     pub(crate) fn write_ecam(&self, offset: u64, data: &[u8]) {
         self.write_config(Address::from_ecam(offset), data);
+    }
+
+    /// For a snapshot: what the address port holds.
+    pub(crate) fn address_port(&self) -> u32 {
+        *self.port()
+    }
+
+    /// From a snapshot.
+    pub(crate) fn set_address_port(&self, value: u32) {
+        *self.port() = value;
     }
 
     fn port(&self) -> std::sync::MutexGuard<'_, u32> {

@@ -12,6 +12,7 @@ pub(crate) mod worker;
 
 use crate::memory::Ram;
 use crate::pci::msix::Msix;
+use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
@@ -78,8 +79,37 @@ pub(crate) trait VirtioDevice: Debug + Send {
     /// Starts to work on the queues.
     fn activate(&mut self, activation: Activation) -> crate::Result<()>;
 
-    /// Stops. Nothing touches guest memory afterwards.
-    fn stop(&mut self);
+    /// Pauses: nothing touches guest memory until the next activation, which goes on from
+    /// here with the queues that are given back. `None` if a thread of the device has died.
+    fn pause(&mut self) -> Option<Vec<ActiveQueue>>;
+
+    /// Stops. Nothing touches guest memory afterwards, and the next driver finds the device as
+    /// the first one did.
+    fn stop(&mut self) {
+        self.pause();
+    }
+
+    /// What a snapshot keeps of a device that pauses, besides its queues.
+    ///
+    /// # Errors
+    ///
+    /// What has to be finished before the device can be saved.
+    fn save(&self) -> std::result::Result<DeviceState, String>;
+
+    /// Takes over a saved state. The device has not been activated yet.
+    ///
+    /// # Errors
+    ///
+    /// How the state is one of another device.
+    fn restore(&mut self, saved: &DeviceState) -> std::result::Result<(), String>;
+}
+
+/// What a snapshot keeps of a device besides what all of them have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DeviceState {
+    Rng,
+    Blk(blk::BlkState),
+    Console(Vec<console::SavedPort>),
 }
 
 /// What a device tells the driver: interrupts and that it has given up.

@@ -57,6 +57,7 @@ const INPUT_OUTPUT: &[libc::c_long] = &[
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
     libc::SYS_lseek,
+    libc::SYS_mincore,
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_preadv2,
@@ -113,6 +114,8 @@ const IOCTLS: &[u64] = &[
     KVM_GET_VCPU_EVENTS,
     KVM_GET_DEBUGREGS,
     KVM_GET_XSAVE,
+    KVM_GET_XSAVE2,
+    KVM_GET_TSC_KHZ,
     KVM_GET_XCRS,
     KVM_GET_IRQCHIP,
     KVM_GET_PIT2,
@@ -139,6 +142,8 @@ const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
 const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
 const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
 const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_GET_XSAVE2: u64 = 0x9000_aecf;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const KVM_GET_XCRS: u64 = 0x8188_aea6;
 const KVM_GET_IRQCHIP: u64 = 0xc208_ae62;
 const KVM_GET_PIT2: u64 = 0x8070_ae9f;

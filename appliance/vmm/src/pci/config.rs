@@ -106,6 +106,24 @@ impl ConfigSpace {
         at
     }
 
+    /// All registers, for a snapshot.
+    pub(crate) fn save(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Whether a saved state differs only where the guest can write.
+    pub(crate) fn fits(&self, saved: &[u8]) -> bool {
+        let fixed = |bytes: &[u8]| -> Vec<u8> {
+            bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect()
+        };
+        saved.len() == self.bytes.len() && fixed(saved) == fixed(&self.bytes)
+    }
+
+    /// Takes over a saved state that fits.
+    pub(crate) fn restore(&mut self, saved: &[u8]) {
+        self.write(0, saved);
+    }
+
     /// Reads registers; beyond the end they are zero.
     pub(crate) fn read(&self, at: usize, data: &mut [u8]) {
         for (index, byte) in data.iter_mut().enumerate() {
@@ -167,6 +185,24 @@ mod tests {
         assert_eq!(id, [0xf4, 0x1a, 0x42, 0x10]);
         space.read(second + 3, &mut byte);
         assert_eq!(byte[0], 0xc0);
+    }
+
+    #[test]
+    fn only_registers_that_can_be_written_are_restored() {
+        let mut old = space();
+        old.set_bar(0xc001_0000, 0x1_0000);
+        let mut new = old.clone();
+        old.write(4, &[2, 0]);
+        old.write(0x10, &[0, 0, 0x55, 0xc0]);
+        let saved = old.save();
+        assert!(new.fits(&saved));
+        new.restore(&saved);
+        assert_eq!(new.save(), saved);
+        assert_eq!(new.bar(), Some(0xc055_0000));
+        assert!(!new.fits(saved.get(1..).unwrap()));
+        let mut other = saved;
+        other[0] ^= 1;
+        assert!(!new.fits(&other));
     }
 
     #[test]

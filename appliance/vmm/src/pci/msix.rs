@@ -2,6 +2,7 @@
 //! MSI-X: a table of messages, a mask for each, and what is pending (PCI Local Bus 3.0,
 //! section 6.8.2).
 
+use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,7 +19,7 @@ const ENABLE: u16 = 1 << 15;
 /// Message control: every vector is masked.
 const FUNCTION_MASK: u16 = 1 << 14;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     address: u64,
     data: u32,
@@ -27,8 +28,8 @@ struct Entry {
 }
 
 /// All of a function's interrupts.
-#[derive(Clone, Debug)]
-struct MsixState {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MsixState {
     entries: Vec<Entry>,
     enabled: bool,
     masked: bool,
@@ -62,6 +63,22 @@ impl Msix {
         state.enabled = value & ENABLE != 0;
         state.masked = value & FUNCTION_MASK != 0;
         self.deliver(&mut state);
+    }
+
+    pub(crate) fn save(&self) -> MsixState {
+        self.locked().clone()
+    }
+
+    /// Whether a saved state has as many vectors, and what message control says.
+    pub(crate) fn fits(&self, saved: &MsixState, control: u16) -> bool {
+        saved.entries.len() == self.locked().entries.len()
+            && saved.enabled == (control & ENABLE != 0)
+            && saved.masked == (control & FUNCTION_MASK != 0)
+    }
+
+    /// Takes over a saved state that fits. What is pending stays so: it was held back.
+    pub(crate) fn restore(&self, saved: MsixState) {
+        *self.locked() = saved;
     }
 
     /// Raises `vector`, now or as soon as it is unmasked. One that does not exist (0xffff
@@ -191,6 +208,25 @@ pub(crate) mod tests {
         assert_eq!(sent.0.lock().unwrap().len(), 2);
         msix.control(ENABLE);
         assert_eq!(sent.0.lock().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn what_is_pending_outlives_a_snapshot() {
+        let msix = Msix::new(2, Arc::new(Sent::default()));
+        msix.write_table(16, &[0, 0x10, 0xe0, 0xfe, 0, 0, 0, 0, 0x41, 0, 0, 0, 1, 0, 0, 0]);
+        msix.control(ENABLE);
+        msix.raise(1);
+        let saved = msix.save();
+        let sent = Arc::new(Sent::default());
+        let other = Msix::new(2, Arc::clone(&sent) as Arc<dyn MessageSink>);
+        assert!(other.fits(&saved, ENABLE));
+        assert!(!other.fits(&saved, 0));
+        assert!(!Msix::new(3, Arc::new(Sent::default())).fits(&saved, ENABLE));
+        other.restore(saved.clone());
+        assert_eq!(other.save(), saved);
+        assert!(sent.0.lock().unwrap().is_empty());
+        other.write_table(28, &[0; 4]);
+        assert_eq!(*sent.0.lock().unwrap(), [(0xfee0_1000, 0x41)]);
     }
 
     #[test]

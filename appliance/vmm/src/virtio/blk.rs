@@ -4,9 +4,10 @@
 mod request;
 
 use super::worker::{Worker, follow};
-use super::{Activation, VirtioDevice};
+use super::{Activation, ActiveQueue, DeviceState, VirtioDevice};
 use crate::Result;
 use request::Requests;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tranship_block::BlockDevice;
@@ -51,6 +52,16 @@ pub(crate) struct Presentation {
     pub(crate) queues: u16,
 }
 
+/// What a snapshot keeps of a disk. All but the last field has to be the same again: the guest
+/// knows it and does not ask twice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct BlkState {
+    serial: String,
+    config: Vec<u8>,
+    features: u64,
+    write_through: bool,
+}
+
 /// What all queues of a disk share.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -65,7 +76,7 @@ pub(crate) struct Disk {
 pub(crate) struct Blk {
     disk: Arc<Disk>,
     sizes: Vec<u16>,
-    workers: Vec<Worker<()>>,
+    workers: Vec<Worker<ActiveQueue>>,
 }
 
 impl Blk {
@@ -74,6 +85,15 @@ impl Blk {
         let sizes = vec![QUEUE_SIZE; usize::from(how.queues.max(1))];
         let disk = Arc::new(Disk { device, how, write_through: AtomicBool::new(false) });
         Self { disk, sizes, workers: Vec::new() }
+    }
+
+    fn state(&self) -> BlkState {
+        BlkState {
+            serial: self.disk.how.serial.clone(),
+            config: self.config().to_vec(),
+            features: self.features(),
+            write_through: self.disk.write_through.load(Ordering::Acquire),
+        }
     }
 
     /// `struct virtio_blk_config` (section 5.2.4).
@@ -164,15 +184,37 @@ impl VirtioDevice for Blk {
             let (ram, link, disk) = (ram.clone(), Arc::clone(&link), Arc::clone(&self.disk));
             let name = format!("{} {}", self.disk.how.serial, queue.index);
             self.workers.push(spawner.start(name, move |stop| {
-                follow(queue, &ram, &link, &mut Requests::new(disk), stop);
+                follow(queue, &ram, &link, &mut Requests::new(disk), stop)
             })?);
         }
         Ok(())
     }
 
+    fn pause(&mut self) -> Option<Vec<ActiveQueue>> {
+        let ended: Vec<_> =
+            std::mem::take(&mut self.workers).into_iter().map(Worker::end).collect();
+        ended.into_iter().collect()
+    }
+
     fn stop(&mut self) {
-        let workers = std::mem::take(&mut self.workers);
-        workers.into_iter().filter_map(Worker::end).for_each(drop);
+        self.pause();
         self.disk.write_through.store(false, Ordering::Release);
+    }
+
+    fn save(&self) -> std::result::Result<DeviceState, String> {
+        Ok(DeviceState::Blk(self.state()))
+    }
+
+    fn restore(&mut self, saved: &DeviceState) -> std::result::Result<(), String> {
+        let DeviceState::Blk(saved) = saved else {
+            return Err("it is not one of a disk".into());
+        };
+        let before = self.disk.write_through.swap(saved.write_through, Ordering::AcqRel);
+        let own = self.state();
+        if own != *saved {
+            self.disk.write_through.store(before, Ordering::Release);
+            return Err(format!("{} is another disk than {}", own.serial, saved.serial));
+        }
+        Ok(())
     }
 }

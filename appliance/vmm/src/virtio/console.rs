@@ -7,9 +7,12 @@
 mod pump;
 
 use super::worker::Worker;
-use super::{Activation, VirtioDevice};
+use super::{Activation, ActiveQueue, DeviceState, VirtioDevice};
 use crate::{Error, Result};
-use pump::Pump;
+use pump::{Pump, Unsent, hang_up};
+use rustix::net::RecvFlags;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -34,15 +37,54 @@ pub(crate) struct PortState {
     pub(crate) open: bool,
     /// Our end has hung up.
     pub(crate) ended: bool,
+    /// Bytes of the guest that the stream has not taken yet.
+    unsent: Option<Unsent>,
+}
+
+impl PortState {
+    fn new(port: Port) -> Self {
+        Self { port, open: false, ended: false, unsent: None }
+    }
+
+    /// Bytes that are neither here nor there could be in no snapshot, or in two conversations.
+    fn check_idle(&self) -> std::result::Result<(), String> {
+        let name = &self.port.name;
+        if self.unsent.is_some() {
+            return Err(format!("port {name} has bytes of the guest that nobody has read yet"));
+        }
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.port.stream, &mut [0_u8; 1][..], flags) {
+            Ok((1.., _)) => Err(format!("port {name} has bytes that the guest has not taken yet")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a snapshot keeps of a port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SavedPort {
+    name: String,
+    /// The guest has opened its end.
+    open: bool,
+    /// The guest knows that our end has hung up.
+    ended: bool,
+}
+
+/// All that the device's thread works on besides the queues.
+#[derive(Debug, Default)]
+struct Streams {
+    ports: Vec<PortState>,
+    /// Control messages that wait for the guest.
+    messages: VecDeque<Vec<u8>>,
 }
 
 /// The device.
 #[derive(Debug)]
 pub(crate) struct Console {
     sizes: Vec<u16>,
-    /// `None` while the thread has them.
-    ports: Option<Vec<PortState>>,
-    worker: Option<Worker<Vec<PortState>>>,
+    /// Empty while the thread has them.
+    streams: Streams,
+    worker: Option<Worker<(Vec<ActiveQueue>, Streams)>>,
 }
 
 impl Console {
@@ -54,8 +96,9 @@ impl Console {
         }
         // Two queues for each port, two for control messages; port 0 has its own.
         let queues = ports.len().saturating_mul(2).saturating_add(4);
-        let ports = ports.into_iter().map(|port| PortState { port, open: false, ended: false });
-        Ok(Self { sizes: vec![QUEUE_SIZE; queues], ports: Some(ports.collect()), worker: None })
+        let ports = ports.into_iter().map(PortState::new).collect();
+        let streams = Streams { ports, messages: VecDeque::new() };
+        Ok(Self { sizes: vec![QUEUE_SIZE; queues], streams, worker: None })
     }
 }
 
@@ -94,20 +137,67 @@ impl VirtioDevice for Console {
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let Activation { ram, features, queues, link, spawner } = activation;
-        let ports = self.ports.take().unwrap_or_default();
         if features & MULTIPORT == 0 {
             // Without it there is only port 0, which leads nowhere.
-            self.ports = Some(ports);
             return Ok(());
         }
-        let pump = Pump::new(ram, Arc::clone(&link), queues, ports);
+        let streams = std::mem::take(&mut self.streams);
+        let pump = Pump::new(ram, Arc::clone(&link), queues, streams);
         self.worker = Some(spawner.start("console".into(), move |stop| pump.run(stop))?);
         Ok(())
     }
 
+    fn pause(&mut self) -> Option<Vec<ActiveQueue>> {
+        let Some(worker) = self.worker.take() else { return Some(Vec::new()) };
+        let (queues, streams) = worker.end()?;
+        self.streams = streams;
+        Some(queues)
+    }
+
     fn stop(&mut self) {
-        if let Some(ports) = self.worker.take().and_then(Worker::end) {
-            self.ports = Some(ports);
+        self.pause();
+        self.streams.messages.clear();
+        for state in &mut self.streams.ports {
+            // Whoever drives the device next opens its ends itself.
+            state.open = false;
+            state.unsent = None;
         }
+    }
+
+    fn save(&self) -> std::result::Result<DeviceState, String> {
+        if !self.streams.messages.is_empty() {
+            return Err("the guest has not been told everything about its ports yet".into());
+        }
+        let saved = |state: &PortState| {
+            state.check_idle()?;
+            let name = state.port.name.clone();
+            Ok(SavedPort { name, open: state.open, ended: state.ended })
+        };
+        self.streams
+            .ports
+            .iter()
+            .map(saved)
+            .collect::<std::result::Result<_, _>>()
+            .map(DeviceState::Console)
+    }
+
+    fn restore(&mut self, saved: &DeviceState) -> std::result::Result<(), String> {
+        let DeviceState::Console(saved) = saved else {
+            return Err("it is not one of a console".into());
+        };
+        let names = |names: Vec<&str>| names.join(" ");
+        let own = names(self.streams.ports.iter().map(|state| state.port.name.as_str()).collect());
+        let other = names(saved.iter().map(|port| port.name.as_str()).collect());
+        if own != other {
+            return Err(format!("ports {other}, expected {own}"));
+        }
+        for ((number, state), port) in (1..).zip(&mut self.streams.ports).zip(saved) {
+            state.open = port.open;
+            if port.ended {
+                // There is somebody again.
+                self.streams.messages.push_back(hang_up(number, false));
+            }
+        }
+        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 
 use super::chain::{self, Broken, Chain};
 use super::worker::{Serve, Worker, follow};
-use super::{Activation, VirtioDevice};
+use super::{Activation, ActiveQueue, DeviceState, VirtioDevice};
 use crate::Result;
 use crate::memory::Ram;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -14,7 +14,7 @@ const MOST: usize = 64 << 10;
 /// The device.
 #[derive(Debug, Default)]
 pub(crate) struct Rng {
-    worker: Option<Worker<()>>,
+    worker: Option<Worker<ActiveQueue>>,
 }
 
 struct Source;
@@ -54,14 +54,26 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let Activation { ram, queues, link, spawner, .. } = activation;
         if let Some(queue) = queues.into_iter().flatten().next() {
-            self.worker = Some(spawner.start("rng".into(), move |stop| {
-                follow(queue, &ram, &link, &mut Source, stop);
-            })?);
+            self.worker =
+                Some(spawner.start("rng".into(), move |stop| {
+                    follow(queue, &ram, &link, &mut Source, stop)
+                })?);
         }
         Ok(())
     }
 
-    fn stop(&mut self) {
-        self.worker.take().and_then(Worker::end);
+    fn pause(&mut self) -> Option<Vec<ActiveQueue>> {
+        self.worker.take().into_iter().map(Worker::end).collect()
+    }
+
+    fn save(&self) -> std::result::Result<DeviceState, String> {
+        Ok(DeviceState::Rng)
+    }
+
+    fn restore(&mut self, saved: &DeviceState) -> std::result::Result<(), String> {
+        match saved {
+            DeviceState::Rng => Ok(()),
+            _ => Err("it is not one of a source of entropy".into()),
+        }
     }
 }

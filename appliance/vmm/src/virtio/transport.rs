@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Virtio over PCI, modern interface only (section 4.1).
 
+mod state;
+
+pub(crate) use state::FunctionState;
+
 use super::{Activation, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1};
 use super::{Link, NO_VECTOR, VirtioDevice, status, worker};
 use crate::Result;
@@ -9,6 +13,7 @@ use crate::memory::Ram;
 use crate::pci::Address;
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{ENTRY, MessageSink, Msix};
+use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -53,8 +58,8 @@ mod capability {
 const VENDOR: u8 = 0x09;
 const MSIX: u8 = 0x11;
 
-/// What the driver has said about a queue.
-#[derive(Clone, Debug)]
+/// What the driver has said about a queue, and how far the device has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Setup {
     max: u16,
     size: u16,
@@ -62,11 +67,22 @@ struct Setup {
     descriptors: u64,
     driver: u64,
     device: u64,
+    next_available: u16,
+    next_used: u16,
 }
 
 impl Setup {
     fn new(max: u16) -> Self {
-        Self { max, size: max, enabled: false, descriptors: 0, driver: 0, device: 0 }
+        Self {
+            max,
+            size: max,
+            enabled: false,
+            descriptors: 0,
+            driver: 0,
+            device: 0,
+            next_available: 0,
+            next_used: 0,
+        }
     }
 
     /// The queue as the driver described it; `None` if it cannot be used.
@@ -77,6 +93,8 @@ impl Setup {
         queue.try_set_avail_ring_address(GuestAddress(self.driver)).ok()?;
         queue.try_set_used_ring_address(GuestAddress(self.device)).ok()?;
         queue.set_event_idx(features & F_EVENT_IDX != 0);
+        queue.set_next_avail(self.next_available);
+        queue.set_next_used(self.next_used);
         queue.set_ready(true);
         queue.is_valid(ram).then_some(queue)
     }
@@ -103,7 +121,10 @@ pub(crate) struct Function {
     driver_feature_select: u32,
     driver_features: u64,
     queue_select: u16,
+    /// The driver has started the device.
     active: bool,
+    /// The device works on the queues of the driver.
+    working: bool,
 }
 
 fn virtio_capability(kind: u8, offset: u64, len: u64, more: &[u8]) -> Vec<u8> {
@@ -180,6 +201,7 @@ impl Function {
             driver_features: 0,
             queue_select: 0,
             active: false,
+            working: false,
         })
     }
 
@@ -402,21 +424,29 @@ impl Function {
     }
 
     fn activate(&mut self) {
-        let mut queues = Vec::with_capacity(self.queues.len());
-        for ((index, setup), kick) in (0..).zip(&self.queues).zip(&self.kicks) {
-            let queue = if setup.enabled {
-                let Some(queue) = setup.queue(self.driver_features, &self.ram) else {
-                    self.link.break_down("a queue does not lie in memory as it should");
-                    return;
-                };
-                Some(ActiveQueue { queue, index, kick: Arc::clone(kick) })
-            } else {
-                None
-            };
-            queues.push(queue);
-        }
+        let Some(queues) = self.active_queues() else {
+            self.link.break_down("a queue does not lie in memory as it should");
+            return;
+        };
         self.active = true;
         self.connect();
+        self.work(queues);
+    }
+
+    /// The queues as the driver set them up; `None` if one cannot be used.
+    fn active_queues(&self) -> Option<Vec<Option<ActiveQueue>>> {
+        let queue = |((index, setup), kick): ((u16, &Setup), &Arc<EventFd>)| {
+            if !setup.enabled {
+                return Some(None);
+            }
+            let queue = setup.queue(self.driver_features, &self.ram)?;
+            Some(Some(ActiveQueue { queue, index, kick: Arc::clone(kick) }))
+        };
+        (0..).zip(&self.queues).zip(&self.kicks).map(queue).collect()
+    }
+
+    fn work(&mut self, queues: Vec<Option<ActiveQueue>>) {
+        self.working = true;
         let activation = Activation {
             ram: self.ram.clone(),
             features: self.driver_features,
@@ -453,6 +483,7 @@ impl Function {
     fn stop(&mut self) {
         self.disconnect();
         self.device.stop();
+        self.working = false;
     }
 
     /// Back to the beginning (section 2.4).

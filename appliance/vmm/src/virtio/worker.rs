@@ -133,14 +133,14 @@ pub(crate) fn drain(
     }
 }
 
-/// Works on one queue until `stop`.
+/// Works on one queue until `stop`, and gives it back.
 pub(crate) fn follow(
     mut active: ActiveQueue,
     ram: &Ram,
     link: &Link,
     server: &mut dyn Serve,
     stop: &EventFd,
-) {
+) -> ActiveQueue {
     loop {
         if !link.is_broken()
             && let Err(Broken(why)) = drain(&mut active, ram, link, server)
@@ -150,7 +150,7 @@ pub(crate) fn follow(
         let kick = Arc::clone(&active.kick);
         let kick_fd = descriptor(&kick);
         if wait(stop, &[PollFd::new(&kick_fd, PollFlags::IN)]).is_none() {
-            return;
+            return active;
         }
         let _ = kick.read();
     }

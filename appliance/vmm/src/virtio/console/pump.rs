@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The thread that moves the bytes of all ports.
 
-use super::{PortState, receive_queue};
+use super::{PortState, Streams, receive_queue};
 use crate::memory::Ram;
 use crate::virtio::chain::{self, Broken, Chain};
 use crate::virtio::worker::{descriptor, wait};
@@ -34,7 +34,7 @@ const PIECE: usize = 64 << 10;
 
 /// Bytes of the guest that its stream has not taken yet.
 #[derive(Debug)]
-struct Unsent {
+pub(super) struct Unsent {
     head: u16,
     bytes: Vec<u8>,
     done: usize,
@@ -48,7 +48,6 @@ pub(super) struct Pump {
     queues: Vec<Option<ActiveQueue>>,
     ports: Vec<PortState>,
     messages: VecDeque<Vec<u8>>,
-    unsent: Vec<Option<Unsent>>,
     buffer: Vec<u8>,
 }
 
@@ -60,19 +59,24 @@ fn message(port: usize, event: u16, value: u16, text: &str) -> Vec<u8> {
     bytes
 }
 
+/// Tells the guest that our end of a port has hung up, or is there.
+pub(super) fn hang_up(port: usize, gone: bool) -> Vec<u8> {
+    message(port, event::PORT_OPEN, u16::from(!gone), "")
+}
+
 impl Pump {
     pub(super) fn new(
         ram: Ram,
         link: Arc<Link>,
         queues: Vec<Option<ActiveQueue>>,
-        ports: Vec<PortState>,
+        streams: Streams,
     ) -> Self {
-        let unsent = ports.iter().map(|_| None).collect();
-        Self { ram, link, queues, ports, messages: VecDeque::new(), unsent, buffer: vec![0; PIECE] }
+        let Streams { ports, messages } = streams;
+        Self { ram, link, queues, ports, messages, buffer: vec![0; PIECE] }
     }
 
-    /// Works until `stop`; gives the ports back.
-    pub(super) fn run(mut self, stop: &EventFd) -> Vec<PortState> {
+    /// Works until `stop`; gives everything back.
+    pub(super) fn run(mut self, stop: &EventFd) -> (Vec<ActiveQueue>, Streams) {
         loop {
             if !self.link.is_broken()
                 && let Err(Broken(why)) = self.step()
@@ -83,11 +87,8 @@ impl Pump {
                 break;
             }
         }
-        for state in &mut self.ports {
-            // Whoever drives the device next opens its ends itself.
-            state.open = false;
-        }
-        self.ports
+        let streams = Streams { ports: self.ports, messages: self.messages };
+        (self.queues.into_iter().flatten().collect(), streams)
     }
 
     /// Sleeps until there is something to do; `false` when it is time to stop.
@@ -121,7 +122,7 @@ impl Pump {
         if state.open && !state.ended && self.has_room(index) {
             flags |= PollFlags::IN;
         }
-        if self.unsent.get(index).is_some_and(Option::is_some) {
+        if state.unsent.is_some() {
             flags |= PollFlags::OUT;
         }
         flags
@@ -198,7 +199,7 @@ impl Pump {
                 let port = number.checked_sub(1).and_then(|index| self.ports.get(index));
                 if let Some(state) = port {
                     say.push(message(number, event::PORT_NAME, 1, &state.port.name));
-                    say.push(message(number, event::PORT_OPEN, 1, ""));
+                    say.push(hang_up(number, false));
                 }
             }
             event::PORT_OPEN => {
@@ -234,7 +235,9 @@ impl Pump {
     fn transmit(&mut self, port: usize) -> Result<(), Broken> {
         let queue = receive_queue(port.saturating_add(1)).saturating_add(1);
         loop {
-            let unsent = if let Some(unsent) = self.unsent.get_mut(port).and_then(Option::take) {
+            let unsent = if let Some(unsent) =
+                self.ports.get_mut(port).and_then(|state| state.unsent.take())
+            {
                 unsent
             } else {
                 let Some(mut chain) = self.next(queue)? else { return Ok(()) };
@@ -250,8 +253,8 @@ impl Pump {
             match self.send(port, unsent) {
                 Ok(head) => self.used(queue, head, 0)?,
                 Err(unsent) => {
-                    if let Some(place) = self.unsent.get_mut(port) {
-                        *place = Some(unsent);
+                    if let Some(state) = self.ports.get_mut(port) {
+                        state.unsent = Some(unsent);
                     }
                     return Ok(());
                 }
@@ -302,12 +305,7 @@ impl Pump {
             let count = match state.port.stream.read(buffer) {
                 Ok(0) => {
                     state.ended = true;
-                    self.messages.push_back(message(
-                        port.saturating_add(1),
-                        event::PORT_OPEN,
-                        0,
-                        "",
-                    ));
+                    self.messages.push_back(hang_up(port.saturating_add(1), true));
                     0
                 }
                 Ok(count) => count,
@@ -355,9 +353,10 @@ mod tests {
         let link = Arc::new(Link::new(Arc::new(Msix::new(1, Arc::new(Sent::default()))), 0));
         let (_near, stream) = UnixStream::pair().unwrap();
         let port = Port { name: "p".into(), stream };
-        let ports = vec![PortState { port, open: true, ended: false }];
-        let mut pump = Pump::new(memory.ram.clone(), Arc::clone(&link), Vec::new(), ports);
-        pump.unsent[0] = Some(Unsent { head: 0, bytes: vec![1], done: 0 });
+        let unsent = Some(Unsent { head: 0, bytes: vec![1], done: 0 });
+        let ports = vec![PortState { open: true, unsent, ..PortState::new(port) }];
+        let streams = Streams { ports, messages: VecDeque::new() };
+        let pump = Pump::new(memory.ram.clone(), Arc::clone(&link), Vec::new(), streams);
         assert_eq!(pump.interest(0, &pump.ports[0]), PollFlags::OUT);
         link.break_down("a test");
         assert_eq!(pump.interest(0, &pump.ports[0]), PollFlags::empty());
