@@ -6,7 +6,7 @@ pub(crate) mod chain;
 pub(crate) mod console;
 pub(crate) mod rng;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 pub(crate) mod transport;
 pub(crate) mod worker;
 

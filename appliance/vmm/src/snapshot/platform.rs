@@ -57,3 +57,13 @@ pub(crate) fn restore_clock(vm: &VmFd, saved: &PlatformState) -> Result<()> {
     let clock = kvm_clock_data { clock: saved.clock, ..kvm_clock_data::default() };
     vm.set_clock(&clock).map_err(Error::kvm("restoring the clock"))
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(in crate::snapshot) fn state() -> PlatformState {
+        let chips = CHIPS.map(|chip_id| kvm_irqchip { chip_id, ..kvm_irqchip::default() });
+        PlatformState { chips: chips.to_vec(), timer: kvm_pit_state2::default(), clock: 1 << 33 }
+    }
+}

@@ -278,3 +278,27 @@ pub(crate) fn stood_still(vcpus: &[VcpuFd]) {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A processor after a reset, more or less.
+    pub(in crate::snapshot) fn state(identification: &CpuId) -> ProcessorState {
+        ProcessorState {
+            identification: words(identification),
+            tsc_khz: Some(2_000_000),
+            mp_state: kvm_mp_state::default(),
+            registers: kvm_regs { rip: 0xfff0, rflags: 2, ..kvm_regs::default() },
+            system: kvm_sregs::default(),
+            floating_point: vec![0x37f; XSAVE / 4],
+            extended_control: kvm_xcrs::default(),
+            debug: kvm_debugregs::default(),
+            apic: kvm_lapic_state::default(),
+            events: kvm_vcpu_events::default(),
+            msrs: vec![(0x174, 0x10), (0xc000_0082, u64::MAX)],
+            tsc: 1 << 40,
+            tsc_deadline: 0,
+        }
+    }
+}

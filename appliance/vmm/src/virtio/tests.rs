@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices without a guest: a driver in the test plays by the rules, or does not.
 
+mod state;
+
 use super::blk::{Blk, Presentation};
 use super::console::{Console, Port};
 use super::rng::Rng;
@@ -300,6 +302,11 @@ impl Driver {
         assert_eq!(written, expected);
         status
     }
+}
+
+/// A function that no driver has looked at.
+pub(crate) fn idle(device: Box<dyn VirtioDevice>) -> Function {
+    Driver::new(device).function
 }
 
 fn rings(queue: usize) -> u64 {
