@@ -4,9 +4,10 @@
 //!
 //! usage: snapshot KERNEL INITRAMFS MEMORY-MIB PROCESSORS [huge]
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
@@ -30,6 +31,7 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("cold") => cold(arguments.get(1..).unwrap_or(&[])),
+        Some("rubbish") => rubbish(arguments.get(1..).unwrap_or(&[])),
         Some("warm") => warm(arguments.get(1..).unwrap_or(&[])),
         _ => all(&arguments),
     }
@@ -39,8 +41,11 @@ fn main() -> Result<()> {
 fn all(arguments: &[String]) -> Result<()> {
     let pattern: Vec<u8> = (0..8_u32 << 18).flat_map(u32::to_le_bytes).collect();
     std::fs::write(DISK, pattern)?;
+    if arguments.iter().any(|word| word == "huge") {
+        std::fs::write("/proc/sys/vm/nr_hugepages", "128")?;
+    }
     let mut found = Vec::new();
-    for stage in ["cold", "warm", "warm"] {
+    for stage in ["cold", "warm", "warm", "rubbish"] {
         let output = Command::new("/proc/self/exe").arg(stage).args(arguments).output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         print!("{said}{}", String::from_utf8_lossy(&output.stderr));
@@ -168,6 +173,7 @@ fn cold(arguments: &[String]) -> Result<()> {
     let (parts, control, bulk) = parts(arguments)?;
     let memory = File::create(MEMORY)?;
     let mut state = File::create(STATE)?;
+    let mut pages = File::open("/proc/meminfo")?;
     let mut guest = Guest::start(Machine::build(parts)?, control, bulk)?;
     let hello = guest.hear()?;
     println!("cold: \"{hello}\" after {:?}", begun.elapsed());
@@ -195,6 +201,13 @@ fn cold(arguments: &[String]) -> Result<()> {
         last = next;
     }
     guest.ask("on")?;
+    // Saving must not have taken huge pages that the guest never touched.
+    let mut text = String::new();
+    pages.read_to_string(&mut text)?;
+    println!(
+        "{}",
+        text.lines().filter(|line| line.starts_with("HugePages_")).collect::<Vec<_>>().join(", ")
+    );
     report("cold", &mut guest)
 }
 
@@ -217,6 +230,52 @@ fn warm(arguments: &[String]) -> Result<()> {
         }
     }
     report("warm", &mut guest)
+}
+
+/// Snapshots that are damaged under a checksum that is right: none does more than not being
+/// restored, or a machine whose guest makes no sense.
+fn rubbish(arguments: &[String]) -> Result<()> {
+    let whole = std::fs::read(STATE)?;
+    let (head, state) = whole.split_at(20);
+    let mut random: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mut next = |below: usize| {
+        for shift in [13, -7, 17] {
+            random ^= if shift > 0 { random << shift } else { random >> -shift };
+        }
+        usize::try_from(random >> 16).unwrap_or(0) % below
+    };
+    let (mut refused, mut ran, mut why) = (0, 0, BTreeSet::new());
+    for _ in 0..60 {
+        let mut state = state.to_vec();
+        for _ in 0..=next(4) {
+            let at = next(state.len());
+            state[at] = u8::try_from(next(256))?;
+        }
+        let mut bytes = head.to_vec();
+        bytes[16..].copy_from_slice(&crc32fast::hash(&state).to_le_bytes());
+        bytes.extend(state);
+        let (parts, _control, _bulk) = parts(arguments)?;
+        let memory = File::open(MEMORY)?;
+        let restored = Snapshot::from_bytes(&bytes)
+            .and_then(|snapshot| Machine::restore(parts, snapshot, memory));
+        match restored {
+            Ok(mut machine) => {
+                ran += 1;
+                machine.start(false)?;
+                machine.wait(Some(Duration::from_millis(20)));
+                machine.stop();
+            }
+            Err(error) => {
+                refused += 1;
+                why.insert(error.to_string());
+            }
+        }
+    }
+    println!("rubbish: {refused} refused, {ran} ran");
+    for error in why {
+        println!("  {error}");
+    }
+    Ok(())
 }
 
 fn report(stage: &str, guest: &mut Guest) -> Result<()> {

@@ -125,8 +125,8 @@ fn opened() -> (Driver, UnixStream) {
     (driver, near)
 }
 
-fn converse(driver: &mut Driver, near: &mut UnixStream, text: &[u8; 4]) {
-    near.write_all(text).unwrap();
+fn converse(driver: &mut Driver, near: &mut UnixStream, text: [u8; 4]) {
+    near.write_all(&text).unwrap();
     driver.send(4, &[(BUFFERS + 0x3000, 64, true)]);
     assert_eq!(driver.used(4).1, 4);
     assert_eq!(driver.take(BUFFERS + 0x3000, 4), text);
@@ -134,22 +134,22 @@ fn converse(driver: &mut Driver, near: &mut UnixStream, text: &[u8; 4]) {
     driver.used(5);
     let mut answer = [0; 4];
     near.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, text);
+    assert_eq!(answer, text);
 }
 
 #[test]
 fn ports_stay_open_over_a_snapshot() {
     let (mut driver, mut near) = opened();
-    converse(&mut driver, &mut near, b"here");
+    converse(&mut driver, &mut near, *b"here");
     save(&mut driver).unwrap();
-    converse(&mut driver, &mut near, b"on  ");
+    converse(&mut driver, &mut near, *b"on  ");
     let (mut other_near, far) = UnixStream::pair().unwrap();
     other_near.set_read_timeout(Some(PATIENCE)).unwrap();
     let port = Port { name: "a".into(), stream: far };
     let mut other = moved(&mut driver, Box::new(Console::new(vec![port]).unwrap()));
-    converse(&mut other, &mut other_near, b"away");
+    converse(&mut other, &mut other_near, *b"away");
     driver.function.resume();
-    converse(&mut driver, &mut near, b"here");
+    converse(&mut driver, &mut near, *b"here");
 }
 
 #[test]
