@@ -70,11 +70,12 @@ impl Memory {
             )));
         }
         let bytes = u64::from(mib) << 20;
-        let file = match backing {
-            Backing::Anonymous => None,
-            Backing::Shared => Some(memory_file(bytes, false)?),
-            Backing::HugePages => Some(memory_file(bytes, true)?),
-            Backing::Private(file) => Some(whole(file, bytes)?),
+        // A snapshot's memory is mapped below, over anonymous memory.
+        let (file, saved) = match backing {
+            Backing::Anonymous => (None, None),
+            Backing::Shared => (Some(memory_file(bytes, false)?), None),
+            Backing::HugePages => (Some(memory_file(bytes, true)?), None),
+            Backing::Private(file) => (None, Some(whole(file, bytes)?)),
         };
         let shared = matches!(backing, Backing::Shared | Backing::HugePages);
         let (mut regions, mut mappings) = (Vec::new(), Vec::new());
@@ -83,6 +84,9 @@ impl Memory {
             let size = usize::try_from(len)
                 .map_err(|_| Error::Memory(format!("{len} bytes are too many")))?;
             let mapping = Mapping::new(size, file.as_deref(), offset, shared)?;
+            if let Some(saved) = &saved {
+                mapping.cover(saved, offset)?;
+            }
             let mut builder = MmapRegionBuilder::new(size)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(mapping.flags);
@@ -164,6 +168,7 @@ fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>> {
 #[derive(Debug)]
 struct Mapping {
     start: NonNull<u8>,
+    size: usize,
     flags: i32,
     reserved: NonNull<libc::c_void>,
     reserved_size: usize,
@@ -224,7 +229,63 @@ impl Mapping {
             unsafe { libc::madvise(start, size, advice) };
         }
         let start = NonNull::new(start.cast()).unwrap_or(reserved.cast());
-        Ok(Self { start, flags, reserved, reserved_size })
+        Ok(Self { start, size, flags, reserved, reserved_size })
+    }
+}
+
+impl Mapping {
+    /// Maps the parts of `file` from `offset` on that hold data over the memory, as copies on
+    /// write. Where the file has holes the memory stays what it is, so that there can be huge
+    /// pages for what the guest uses next.
+    fn cover(&self, file: &File, offset: u64) -> Result<()> {
+        use rustix::fs::SeekFrom::{Data, Hole};
+        let failed =
+            |error: std::io::Error| Error::system("mapping the memory of the snapshot")(error);
+        let huge = HUGE_PAGE as u64;
+        let size = self.size as u64;
+        let mut at: u64 = 0;
+        while at < size {
+            let start = match rustix::fs::seek(file, Data(offset.saturating_add(at))) {
+                Ok(start) => start.saturating_sub(offset),
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(error) => return Err(failed(error.into())),
+            };
+            let end = rustix::fs::seek(file, Hole(offset.saturating_add(start)))
+                .map_err(|error| failed(error.into()))?
+                .saturating_sub(offset);
+            // Whole huge pages, so that what is left between them can be some.
+            let start = (start / huge).saturating_mul(huge);
+            let end = end.checked_next_multiple_of(huge).unwrap_or(size).min(size);
+            if start >= size {
+                break;
+            }
+            let (Ok(skip), Ok(len), Ok(from)) = (
+                usize::try_from(start),
+                usize::try_from(end.saturating_sub(start)),
+                libc::off_t::try_from(offset.saturating_add(start)),
+            ) else {
+                return Err(Error::Memory(format!("offset {start} is too large")));
+            };
+            // SAFETY: the range lies inside the mapping, which is ours and which nobody uses
+            // yet.
+            let place = unsafe {
+                libc::mmap(
+                    self.start.as_ptr().byte_add(skip).cast(),
+                    len,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                    file.as_raw_fd(),
+                    from,
+                )
+            };
+            if place == libc::MAP_FAILED {
+                return Err(failed(std::io::Error::last_os_error()));
+            }
+            // SAFETY: the range is the mapping just made.
+            unsafe { libc::madvise(place, len, libc::MADV_DONTDUMP) };
+            at = end;
+        }
+        Ok(())
     }
 }
 
@@ -267,6 +328,28 @@ mod tests {
         memory.ram.write_obj(9_u64, GuestAddress(0)).unwrap();
         let again = Memory::new(64, &Backing::Private(file)).unwrap();
         assert_eq!(again.ram.read_obj::<u64>(GuestAddress(0)).unwrap(), 0);
+    }
+
+    #[test]
+    fn holes_of_a_saved_memory_are_memory() {
+        use std::os::unix::fs::FileExt;
+        let file = memory_file(64 << 20, false).unwrap();
+        let marks: [u64; 5] = [0, (2 << 20) - 1, 9 << 20, (31 << 20) + 5, (64 << 20) - 1];
+        for at in marks {
+            file.write_all_at(&[7], at).unwrap();
+        }
+        let memory = Memory::new(64, &Backing::Private(Arc::clone(&file))).unwrap();
+        for at in marks {
+            assert_eq!(memory.ram.read_obj::<u8>(GuestAddress(at)).unwrap(), 7, "{at:#x}");
+        }
+        // All of it can be written, and none of that reaches the file.
+        for at in (0..64 << 20).step_by(4096) {
+            memory.ram.write_obj(1_u8, GuestAddress(at)).unwrap();
+        }
+        let mut all = vec![0; 64 << 20];
+        file.read_exact_at(&mut all, 0).unwrap();
+        assert_eq!(all.iter().filter(|byte| **byte != 0).count(), marks.len());
+        assert!(all.iter().all(|byte| matches!(byte, 0 | 7)));
     }
 
     #[test]

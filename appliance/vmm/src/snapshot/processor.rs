@@ -243,6 +243,11 @@ pub(crate) fn restore(vcpus: &[VcpuFd], saved: &[ProcessorState], savable: &Sava
         set_xsave(vcpu, savable.xsave, &state.floating_point)?;
         vcpu.set_debug_regs(&state.debug).map_err(Error::kvm("restoring debug registers"))?;
         vcpu.set_lapic(&state.apic).map_err(Error::kvm("restoring a local APIC"))?;
+        if let Some((unknown, _)) =
+            state.msrs.iter().find(|(index, _)| savable.msrs.binary_search(index).is_err())
+        {
+            return Err(Error::Snapshot(format!("model register {unknown:#x} is none of a guest")));
+        }
         set_msrs(vcpu, &state.msrs)?;
         // Last, because setting registers forgets an exception that is pending.
         vcpu.set_vcpu_events(&state.events).map_err(Error::kvm("restoring pending events"))?;
