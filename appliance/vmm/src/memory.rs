@@ -5,11 +5,12 @@
 //! agree modulo 2 MiB. Distributions leave huge pages off for shared memory
 //! (`shmem_enabled`), so memory is anonymous unless that switch or hugetlbfs says otherwise.
 
+mod mapping;
+
 use crate::layout::{HIGH_START, LOW_END};
 use crate::{Error, Result};
+use mapping::Mapping;
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
@@ -89,13 +90,13 @@ impl Memory {
             }
             let mut builder = MmapRegionBuilder::new(size)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(mapping.flags);
+                .with_mmap_flags(mapping.flags());
             if let Some(file) = &file {
                 builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
             }
             // SAFETY: the mapping has `size` bytes and is unmapped after the region is gone:
             // fields are dropped in order, and nobody else gets the mapping.
-            let region = unsafe { builder.with_raw_mmap_pointer(mapping.start.as_ptr()) }
+            let region = unsafe { builder.with_raw_mmap_pointer(mapping.start().as_ptr()) }
                 .build()
                 .map_err(|error| Error::Memory(error.to_string()))?;
             let region = GuestRegionMmap::new(region, GuestAddress(start))
@@ -162,139 +163,6 @@ fn memory_file(bytes: u64, huge: bool) -> Result<Arc<File>> {
     rustix::fs::ftruncate(&file, bytes)
         .map_err(Error::system("the size of the file for guest memory"))?;
     Ok(Arc::new(File::from(file)))
-}
-
-/// One mapping that begins at a multiple of 2 MiB, inside a larger reservation.
-#[derive(Debug)]
-struct Mapping {
-    start: NonNull<u8>,
-    size: usize,
-    flags: i32,
-    reserved: NonNull<libc::c_void>,
-    reserved_size: usize,
-}
-
-// SAFETY: the mapping belongs to nobody's thread; the pointers are only used to unmap it.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; nothing is read or written through a shared reference.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    fn new(size: usize, file: Option<&File>, offset: u64, shared: bool) -> Result<Self> {
-        let failed = || Error::system("mapping guest memory")(std::io::Error::last_os_error());
-        let reserved_size = size
-            .checked_add(HUGE_PAGE)
-            .ok_or_else(|| Error::Memory(format!("{size} bytes are too many")))?;
-        let quiet = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        // SAFETY: without MAP_FIXED the kernel chooses an address where nothing is.
-        let reserved = unsafe {
-            libc::mmap(std::ptr::null_mut(), reserved_size, libc::PROT_NONE, quiet, -1, 0)
-        };
-        let reserved = match NonNull::new(reserved) {
-            Some(start) if reserved != libc::MAP_FAILED => start,
-            _ => return Err(failed()),
-        };
-        let misaligned = reserved.as_ptr().addr() % HUGE_PAGE;
-        let skip = if misaligned == 0 { 0 } else { HUGE_PAGE - misaligned };
-        let mut flags = libc::MAP_NORESERVE;
-        flags |= if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-        if file.is_none() {
-            flags |= libc::MAP_ANONYMOUS;
-        }
-        let offset = libc::off_t::try_from(offset)
-            .map_err(|_| Error::Memory(format!("offset {offset} is too large")))?;
-        let fd = file.map_or(-1, AsRawFd::as_raw_fd);
-        // SAFETY: the fixed range lies inside the reservation just made, which nobody uses:
-        // it begins less than 2 MiB into it and the reservation is 2 MiB longer.
-        let start = unsafe {
-            libc::mmap(
-                reserved.byte_add(skip).as_ptr(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                flags | libc::MAP_FIXED,
-                fd,
-                offset,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            let error = failed();
-            // SAFETY: the reservation is ours and nothing points into it.
-            unsafe { libc::munmap(reserved.as_ptr(), reserved_size) };
-            return Err(error);
-        }
-        // Advice that is not taken costs nothing but speed; a core file of us is no place for
-        // a guest's memory.
-        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP] {
-            // SAFETY: the range is the mapping just made.
-            unsafe { libc::madvise(start, size, advice) };
-        }
-        let start = NonNull::new(start.cast()).unwrap_or(reserved.cast());
-        Ok(Self { start, size, flags, reserved, reserved_size })
-    }
-}
-
-impl Mapping {
-    /// Maps the parts of `file` from `offset` on that hold data over the memory, as copies on
-    /// write. Where the file has holes the memory stays what it is, so that there can be huge
-    /// pages for what the guest uses next.
-    fn cover(&self, file: &File, offset: u64) -> Result<()> {
-        use rustix::fs::SeekFrom::{Data, Hole};
-        let failed =
-            |error: std::io::Error| Error::system("mapping the memory of the snapshot")(error);
-        let huge = HUGE_PAGE as u64;
-        let size = self.size as u64;
-        let mut at: u64 = 0;
-        while at < size {
-            let start = match rustix::fs::seek(file, Data(offset.saturating_add(at))) {
-                Ok(start) => start.saturating_sub(offset),
-                Err(rustix::io::Errno::NXIO) => break,
-                Err(error) => return Err(failed(error.into())),
-            };
-            let end = rustix::fs::seek(file, Hole(offset.saturating_add(start)))
-                .map_err(|error| failed(error.into()))?
-                .saturating_sub(offset);
-            // Whole huge pages, so that what is left between them can be some.
-            let start = (start / huge).saturating_mul(huge);
-            let end = end.checked_next_multiple_of(huge).unwrap_or(size).min(size);
-            if start >= size {
-                break;
-            }
-            let (Ok(skip), Ok(len), Ok(from)) = (
-                usize::try_from(start),
-                usize::try_from(end.saturating_sub(start)),
-                libc::off_t::try_from(offset.saturating_add(start)),
-            ) else {
-                return Err(Error::Memory(format!("offset {start} is too large")));
-            };
-            // SAFETY: the range lies inside the mapping, which is ours and which nobody uses
-            // yet.
-            let place = unsafe {
-                libc::mmap(
-                    self.start.as_ptr().byte_add(skip).cast(),
-                    len,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED,
-                    file.as_raw_fd(),
-                    from,
-                )
-            };
-            if place == libc::MAP_FAILED {
-                return Err(failed(std::io::Error::last_os_error()));
-            }
-            // SAFETY: the range is the mapping just made.
-            unsafe { libc::madvise(place, len, libc::MADV_DONTDUMP) };
-            at = end;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the whole reservation with all that was mapped over it is ours; the memory
-        // that points into it is dropped before.
-        unsafe { libc::munmap(self.reserved.as_ptr(), self.reserved_size) };
-    }
 }
 
 #[cfg(test)]
