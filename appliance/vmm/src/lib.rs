@@ -13,6 +13,7 @@ mod board;
 pub mod channel;
 pub mod child;
 pub mod confine;
+pub mod core_file;
 mod cpu;
 mod error;
 mod kernel;
