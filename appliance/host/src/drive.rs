@@ -70,6 +70,11 @@ impl Slot {
         }
     }
 
+    /// The name by which the guest API knows the disk.
+    pub(crate) fn name(&self) -> String {
+        disk_name(self.index)
+    }
+
     /// What the machine is told, and the export that it is served from unless the machine opens
     /// the image itself, for which this side lets go of it.
     pub(crate) fn hand_over(&mut self, opens_images: bool) -> (SpecDisk, Option<Export>) {
@@ -87,7 +92,7 @@ impl Slot {
             self.device = None;
         }
         let export = self.device.as_ref().map(|device| Export {
-            description: disk_name(self.index),
+            description: self.name(),
             read_only: self.read_only,
             ..Export::new(name, Arc::clone(device))
         });

@@ -4,7 +4,7 @@
 use crate::backend::{Preference, choose};
 use crate::drive::{Drive, Slot};
 use crate::launch::{Launch, LaunchTimes, Live};
-use crate::session::{CancelToken, Observer, Session, Silent};
+use crate::session::{CancelToken, Observer, Patience, Session, Silent};
 use crate::{Error, ErrorKind, Result};
 use std::io::Read;
 use std::path::PathBuf;
@@ -44,6 +44,11 @@ pub struct Settings {
     pub launch_limit: Duration,
     /// Folder of saved machines, which start in a blink; `None` to boot each time.
     pub snapshots: Option<PathBuf>,
+    /// How long a silent agent is waited for.
+    pub patience: Patience,
+    /// Folder where the memory of an appliance is kept that hung or ended by itself; `None` to
+    /// keep none.
+    pub dumps: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -57,6 +62,8 @@ impl Default for Settings {
             runtime_dir: std::env::temp_dir(),
             launch_limit: Duration::from_mins(2),
             snapshots: None,
+            patience: Patience::default(),
+            dumps: None,
         }
     }
 }
@@ -159,7 +166,7 @@ impl Guest {
     ///
     /// [`ErrorKind::Usage`] before the launch.
     pub fn session(&self) -> Result<&Session> {
-        self.live("call").map(|live| &live.session)
+        self.live("call").map(|live| &*live.session)
     }
 
     /// Name of the backend, why it was chosen, and where the launch's time went.

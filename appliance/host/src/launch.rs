@@ -2,15 +2,18 @@
 //! From a choice of backend to an agent that answers: by a boot, or from a saved machine.
 
 use crate::backend::{Backend, Choice, Machine, MachineSpec, SpecDisk};
+use crate::control::{Control, Status};
 use crate::drive::{Slot, export_name};
 use crate::guest::{Boot, Settings};
+use crate::postmortem::{Postmortem, last_lines};
 use crate::session::{CancelToken, Session};
 use crate::snapshots::{Key, Snapshots};
 use crate::{Error, ErrorKind, Result};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use tranship_nbd::{Export, Limits, Running, Server};
+use tranship_nbd::{Limits, Running, Server};
 use tranship_protocol::{Call, Hello, MOST_ENTROPY, disk_serial};
 
 /// Bytes from this host's random pool that a restored machine gets.
@@ -64,10 +67,11 @@ pub struct LaunchTimes {
 /// A machine whose agent answers.
 #[derive(Debug)]
 pub(crate) struct Live {
-    // Fields are dropped in this order: the session hangs up, the machine ends, then its
-    // disks go away.
-    pub(crate) session: Session,
-    pub(crate) machine: Box<dyn Machine>,
+    // Fields are dropped in this order: nobody asks for anything any more, the session hangs
+    // up, the machine ends, then its disks go away.
+    _control: Option<Control>,
+    pub(crate) session: Arc<Session>,
+    pub(crate) machine: Arc<dyn Machine>,
     disks: Running,
     _folder: tempfile::TempDir,
     pub(crate) backend: &'static str,
@@ -85,8 +89,8 @@ pub(crate) struct Launch<'a> {
 
 /// A machine with its agent on the line.
 struct Up {
-    session: Session,
-    machine: Box<dyn Machine>,
+    session: Arc<Session>,
+    machine: Arc<dyn Machine>,
     took: Duration,
 }
 
@@ -107,9 +111,13 @@ impl Launch<'_> {
             .map_err(|error| io("a folder for sockets", error))?;
         let socket = folder.path().join("nbd");
         let opens_images = backend.opens_images();
-        let (disks, exports): (Vec<SpecDisk>, Vec<Option<Export>>) =
-            slots.map(|slot| slot.hand_over(opens_images)).unzip();
-        let exports: Vec<Export> = exports.into_iter().flatten().collect();
+        let (mut disks, mut exports, mut named) = (Vec::new(), Vec::new(), Vec::new());
+        for slot in slots {
+            let (disk, export) = slot.hand_over(opens_images);
+            named.push((slot.name(), disk.read_only));
+            disks.push(disk);
+            exports.extend(export);
+        }
         if disks.len() > FEW_DISKS {
             allow_more_descriptors();
         }
@@ -123,7 +131,15 @@ impl Launch<'_> {
         let stages = stages(up.session.hello());
         let times = LaunchTimes { start, choose: choosing, boot: up.took, save, plug, stages };
         tracing::debug!(backend = backend.name(), ?times, "appliance is up");
+        let about = Status::of_this_process(backend.name(), named);
+        let control = Control::start(folder.path(), about, &up.machine, &up.session);
         Ok(Live {
+            // Who cannot be asked can be used all the same.
+            _control: control
+                .inspect_err(|error| {
+                    tracing::debug!(error = %chain(error), "the appliance cannot be asked");
+                })
+                .ok(),
             session: up.session,
             machine: up.machine,
             disks: server,
@@ -227,7 +243,8 @@ impl Launch<'_> {
     fn boot(&self, backend: &dyn Backend, socket: &Path, disks: Vec<SpecDisk>) -> Result<Up> {
         let (spec, control, bulk) = self.spec(socket, disks)?;
         let begun = Instant::now();
-        let machine = backend.start(spec, None)?;
+        tracing::debug!(backend = backend.name(), "starting the machine");
+        let machine: Arc<dyn Machine> = backend.start(spec, None)?.into();
         let limit = self.settings.launch_limit;
         let give_up = || {
             if self.cancel.is_cancelled() {
@@ -249,7 +266,20 @@ impl Launch<'_> {
                     _ => error,
                 }
             })?;
-        Ok(Up { session, machine, took: begun.elapsed() })
+        let up = self.watched(session, machine, begun)?;
+        tracing::debug!(at = ?begun.elapsed(), "the agent has introduced itself");
+        Ok(up)
+    }
+
+    /// A machine whose end does not go unnoticed from now on.
+    fn watched(&self, session: Session, machine: Arc<dyn Machine>, begun: Instant) -> Result<Up> {
+        let postmortem = Postmortem {
+            machine: Arc::downgrade(&machine),
+            vmcoreinfo: session.hello().vmcoreinfo,
+            dumps: self.settings.dumps.clone(),
+        };
+        session.watch(self.settings.patience, Arc::new(postmortem))?;
+        Ok(Up { session: Arc::new(session), machine, took: begun.elapsed() })
     }
 
     /// The saved machine with the disks plugged in; `None` if there is none.
@@ -264,7 +294,8 @@ impl Launch<'_> {
         let Some(saved) = snapshots.find(key)? else { return Ok(None) };
         let (spec, control, bulk) = self.spec(socket, Vec::new())?;
         let begun = Instant::now();
-        let machine = backend.start(spec, Some(saved.files))?;
+        tracing::debug!(backend = backend.name(), "restoring the machine");
+        let machine: Arc<dyn Machine> = backend.start(spec, Some(saved.files))?.into();
         let session = Session::resume(control, bulk, self.cancel.clone(), saved.hello)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut entropy = vec![0; ENTROPY];
@@ -275,10 +306,11 @@ impl Launch<'_> {
             entropy,
         };
         session.call_within(&wake, WAKE_LIMIT)?;
-        let took = begun.elapsed();
+        let up = self.watched(session, machine, begun)?;
+        tracing::debug!(at = ?begun.elapsed(), "the agent is awake");
         let begun = Instant::now();
-        plug(&*machine, &session, disks)?;
-        Ok(Some((Up { session, machine, took }, begun.elapsed())))
+        plug(&*up.machine, &up.session, disks)?;
+        Ok(Some((up, begun.elapsed())))
     }
 }
 
@@ -305,6 +337,7 @@ impl Live {
         let serial = disk_serial(index);
         self.session.call(&Call::Unplug { serial: serial.clone() })?;
         self.machine.remove_disk(&serial)?;
+        tracing::debug!(serial, "disk unplugged");
         match self.disks.remove_export(&export_name(index)) {
             // The machine had opened the image itself.
             Err(error) if error.kind() == tranship_block::ErrorKind::NotFound => Ok(()),
@@ -315,8 +348,17 @@ impl Live {
 
     /// Writes everything out and ends the machine.
     pub(crate) fn shutdown(self) -> Result<()> {
+        let begun = Instant::now();
         let outcome = self.session.call(&Call::Shutdown);
-        if outcome.is_err() || !self.machine.wait(Duration::from_secs(10)) {
+        let killed = outcome.is_err() || !self.machine.wait(Duration::from_secs(10));
+        let how = self.machine.ended();
+        tracing::debug!(
+            took = ?begun.elapsed(),
+            killed,
+            how = how.as_deref().unwrap_or("it still ran"),
+            "the appliance stopped: its user asked it to"
+        );
+        if killed {
             self.machine.kill();
         }
         let stopped = self.disks.stop();
@@ -332,6 +374,7 @@ fn plug(machine: &dyn Machine, session: &Session, disks: &[SpecDisk]) -> Result<
     }
     for disk in disks {
         machine.add_disk(disk)?;
+        tracing::debug!(serial = disk.serial, export = disk.export, "disk plugged in");
     }
     let serials = disks.iter().map(|disk| disk.serial.clone()).collect();
     session.call(&Call::Plugged { serials }).map(drop)
@@ -379,17 +422,14 @@ fn chain(error: &Error) -> String {
 }
 
 fn launch_error(backend: &str, why: &str, console: &str) -> Error {
-    let mut last: Vec<&str> = console.lines().rev().take(20).collect();
-    last.reverse();
     let error =
         Error::new(ErrorKind::Launch, format!("the appliance did not start ({backend}): {why}"))
             .with_remedy(
                 "see why with `tranship appliance probe` and `tranship appliance bench -v`, or \
                  try another backend: --backend qemu-kvm or tcg",
             );
-    if last.is_empty() {
-        error
-    } else {
-        error.because(format!("its console ended with:\n{}", last.join("\n")))
+    match last_lines(console) {
+        Some(last) => error.because(last),
+        None => error,
     }
 }

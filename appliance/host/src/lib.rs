@@ -9,11 +9,14 @@
 mod backend;
 mod clock;
 mod console;
+mod control;
 mod drive;
+mod dumps;
 mod error;
 mod guest;
 mod launch;
 mod own;
+mod postmortem;
 mod process;
 mod qemu;
 mod session;
@@ -22,13 +25,14 @@ mod snapshots;
 pub use backend::{
     Backend, Choice, Machine, MachineSpec, Preference, SnapshotFiles, SpecDisk, choose,
 };
+pub use control::{Appliance, Status, dump, running};
 pub use drive::{Drive, Image};
 pub use error::{Error, ErrorKind, Result};
 pub use guest::{Boot, Guest, Settings};
 pub use launch::{LaunchTimes, Start};
 pub use own::MACHINE_NAME;
 pub use process::Process;
-pub use session::{CancelToken, Observer, Session, Silent};
+pub use session::{CancelToken, Observer, Patience, Session, Silent};
 pub use tranship_protocol as protocol;
 
 /// Runs a machine in this process, which was started for nothing else: how it ended, in

@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Carries calls to the agent, any number at once, and trusts nothing that comes back.
 
+mod watch;
+
+pub use watch::Patience;
+pub(crate) use watch::{Ground, Loss};
+
 use crate::{Error, ErrorKind, Result};
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tranship_protocol::{
     Body, CHUNK, Call, Cancelled, Credit, Failure, Frame, FrameError, FrameKind, Hello, Progress,
     Reply, VERSION, WINDOW,
 };
+use watch::Watchdog;
 
 /// How often a waiting call looks for cancellation.
 const TICK: Duration = Duration::from_millis(100);
@@ -69,26 +75,86 @@ enum Event {
     Progress(Progress),
     Reply(Reply),
     Failure(Failure),
-    Lost(String),
+    Lost(Loss),
+}
+
+/// What put an end to a session that nobody wanted to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The machine came to its end; in words.
+    Ended(String),
+    /// The agent does not answer; in words.
+    Hung(String),
+    /// The connection broke; in words.
+    Closed(String),
+    /// What the agent said cannot be trusted to mean anything; in words.
+    Nonsense(String),
+}
+
+impl Cause {
+    /// In words.
+    pub(crate) fn words(&self) -> &str {
+        match self {
+            Self::Ended(words)
+            | Self::Hung(words)
+            | Self::Closed(words)
+            | Self::Nonsense(words) => words,
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Pending {
     events: Sender<Event>,
+    /// The call's name, and when it was made.
+    name: String,
+    since: Instant,
     /// Bytes that the agent may still send without further credit.
     window: u64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     pending: Mutex<HashMap<u64, Pending>>,
-    /// Set once nothing can be answered any more, with the reason.
-    over: Mutex<Option<String>>,
+    /// A call was made, or the session is over.
+    called: Condvar,
+    /// Set once nothing can be answered any more, with the reason. Held while the reason is
+    /// looked for.
+    over: Mutex<Option<Loss>>,
+    /// As `over`, to be looked at in passing.
+    closed: AtomicBool,
+    /// The end is wanted, and needs no explanation.
+    wanted: AtomicBool,
+    ground: OnceLock<Arc<dyn Ground>>,
+    /// When the agent said something last.
+    heard: Mutex<Instant>,
+    /// How many have the machine stand still.
+    standing_still: AtomicUsize,
+    next: AtomicU64,
     /// Number of the two streams that have ended, and a signal that it has grown.
     ended: (Mutex<usize>, Condvar),
 }
 
 impl Shared {
+    fn new() -> Self {
+        Self {
+            pending: Mutex::default(),
+            called: Condvar::new(),
+            over: Mutex::default(),
+            closed: AtomicBool::new(false),
+            wanted: AtomicBool::new(false),
+            ground: OnceLock::new(),
+            heard: Mutex::new(Instant::now()),
+            standing_still: AtomicUsize::new(0),
+            next: AtomicU64::new(1),
+            ended: Default::default(),
+        }
+    }
+
+    fn heard_something(&self) {
+        *lock(&self.heard) = Instant::now();
+    }
+
     /// One stream has ended in order. The other one may still hold the answer to the last
     /// call, so it gets the time to be read to its end.
     fn stream_ended(&self) {
@@ -104,10 +170,52 @@ impl Shared {
         }
     }
 
-    fn end(&self, reason: &str) {
-        lock(&self.over).get_or_insert_with(|| reason.to_owned());
-        for (_, pending) in lock(&self.pending).drain() {
-            let _ = pending.events.send(Event::Lost(reason.to_owned()));
+    /// Fails every call, those to come included. The first cause counts.
+    fn end(&self, cause: Cause) {
+        let mut over = lock(&self.over);
+        if over.is_none() {
+            let wanted = self.wanted.load(Ordering::SeqCst);
+            tracing::debug!(?cause, wanted, "the session is over");
+            let loss = match self.ground.get() {
+                Some(ground) if !wanted => ground.explain(&cause),
+                _ => Loss::new(cause.words()),
+            };
+            *over = Some(loss);
+        }
+        let loss = over.clone().unwrap_or_default();
+        drop(over);
+        let mut pending = lock(&self.pending);
+        self.closed.store(true, Ordering::SeqCst);
+        for (_, pending) in pending.drain() {
+            let _ = pending.events.send(Event::Lost(loss.clone()));
+        }
+        self.called.notify_all();
+    }
+
+    /// The error of a call that was lost.
+    fn lost(&self, name: &str, loss: &Loss) -> Error {
+        let mut error = lost(format!("{name}: {}", loss.message));
+        if let Some(remedy) = &loss.remedy {
+            error = error.with_remedy(remedy);
+        }
+        if let Some(because) = &loss.because {
+            error = error.because(because.clone());
+        }
+        error
+    }
+
+    /// Why nothing can be answered any more, for a write that failed: whoever reads knows more
+    /// in a moment.
+    fn over_soon(&self) -> Option<Loss> {
+        let limit = Instant::now() + DRAIN;
+        loop {
+            if let Some(loss) = lock(&self.over).clone() {
+                return Some(loss);
+            }
+            if Instant::now() > limit {
+                return None;
+            }
+            std::thread::sleep(TICK / 10);
         }
     }
 }
@@ -115,10 +223,9 @@ impl Shared {
 /// The connection to a running agent.
 #[derive(Debug)]
 pub struct Session {
-    control: Mutex<UnixStream>,
+    control: Arc<Mutex<UnixStream>>,
     bulk: Mutex<UnixStream>,
     shared: Arc<Shared>,
-    next: AtomicU64,
     hello: Hello,
     cancel: CancelToken,
 }
@@ -179,7 +286,7 @@ impl Session {
         let failed = |error: std::io::Error| {
             Error::new(ErrorKind::Io, "the connection to the appliance").because(error)
         };
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared::new());
         let readers = [
             ("control", control.try_clone().map_err(failed)?),
             ("bulk", bulk.try_clone().map_err(failed)?),
@@ -192,13 +299,46 @@ impl Session {
                 .map_err(failed)?;
         }
         Ok(Self {
-            control: Mutex::new(control),
+            control: Arc::new(Mutex::new(control)),
             bulk: Mutex::new(bulk),
             shared,
-            next: AtomicU64::new(1),
             hello,
             cancel,
         })
+    }
+
+    /// Has the session watched from now on: calls fail if the machine below ends or the agent
+    /// says nothing for too long, and the error says what is known about it.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] if the thread that watches cannot be started.
+    pub(crate) fn watch(&self, patience: Patience, ground: Arc<dyn Ground>) -> Result<()> {
+        let failed = |error: std::io::Error| {
+            Error::new(ErrorKind::Io, "watching the appliance").because(error)
+        };
+        let streams = [
+            lock(&self.control).try_clone().map_err(failed)?,
+            lock(&self.bulk).try_clone().map_err(failed)?,
+        ];
+        let _ = self.shared.ground.set(Arc::clone(&ground));
+        let watchdog = Watchdog {
+            shared: Arc::clone(&self.shared),
+            control: Arc::clone(&self.control),
+            streams,
+            patience,
+            ground,
+        };
+        std::thread::Builder::new()
+            .name("appliance watchdog".into())
+            .spawn(move || watchdog.run())
+            .map(drop)
+            .map_err(failed)
+    }
+
+    /// Does something during which the machine stands still, and nothing can be heard of it.
+    pub(crate) fn standing_still<T>(&self, work: impl FnOnce() -> T) -> T {
+        StandingStill::begin(&self.shared).during(work)
     }
 
     /// How the agent introduced itself.
@@ -277,20 +417,32 @@ impl Session {
         deadline: Option<Instant>,
     ) -> Result<Reply> {
         let name = call_name(call);
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = self.shared.next.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = channel();
-        lock(&self.shared.pending).insert(id, Pending { events: sender, window: WINDOW });
-        let guard = Registered { session: self, id };
-        if let Some(reason) = lock(&self.shared.over).clone() {
-            return Err(lost(format!("{name}: {reason}")));
-        }
         let begun = Instant::now();
-        Self::send(&self.control, id, call)?;
-        let outcome = self.follow_call((id, call, deadline), &events, &mut from, take, observer);
+        let pending = Pending { events: sender, name: name.clone(), since: begun, window: WINDOW };
+        lock(&self.shared.pending).insert(id, pending);
+        self.shared.called.notify_all();
+        let guard = Registered { session: self, id };
+        if let Some(loss) = lock(&self.shared.over).clone() {
+            return Err(self.shared.lost(&name, &loss));
+        }
+        if matches!(call, Call::Shutdown) {
+            self.shared.wanted.store(true, Ordering::SeqCst);
+        }
+        let outcome =
+            Self::send(&self.control, id, call).map_err(CallError::unsent).and_then(|()| {
+                self.follow_call((id, call, deadline), &events, &mut from, take, observer)
+            });
         tracing::debug!(?call, elapsed = ?begun.elapsed(), ok = outcome.is_ok(), "call");
         drop(guard);
         outcome.map_err(|error| match error {
             CallError::Failure(failure) => Error::from_failure(&name, &failure),
+            CallError::Lost(loss) => self.shared.lost(&name, &loss),
+            CallError::Unsent(error) => match self.shared.over_soon() {
+                Some(loss) => self.shared.lost(&name, &loss),
+                None => error,
+            },
             CallError::Other(error) => error,
         })
     }
@@ -312,13 +464,14 @@ impl Session {
         while answer.is_none() || !ended {
             if cancelled_at.is_none() && (own_error.is_some() || self.cancel.is_cancelled()) {
                 cancelled_at = Some(Instant::now());
-                Self::send(&self.control, id, &Cancelled)?;
+                Self::send(&self.control, id, &Cancelled).map_err(CallError::unsent)?;
             }
             if cancelled_at.is_some_and(|at| at.elapsed() > CANCEL_GRACE) {
                 break;
             }
             if deadline.is_some_and(|deadline| Instant::now() > deadline) {
-                return Err(lost("the appliance did not answer in time").into());
+                let name = call_name(call);
+                return Err(lost(format!("{name}: the appliance did not answer in time")).into());
             }
             if credit > 0
                 && answer.is_none()
@@ -347,14 +500,14 @@ impl Session {
                     if let Some(pending) = lock(&self.shared.pending).get_mut(&id) {
                         pending.window = pending.window.saturating_add(size);
                     }
-                    Self::send(&self.control, id, &Credit(size))?;
+                    Self::send(&self.control, id, &Credit(size)).map_err(CallError::unsent)?;
                 }
                 Ok(Event::End) => ended = true,
                 Ok(Event::Credit(bytes)) => credit = bytes.saturating_add(credit),
                 Ok(Event::Progress(Progress { done, total })) => observer.progress(done, total),
                 Ok(Event::Reply(reply)) => answer = Some(Ok(reply)),
                 Ok(Event::Failure(failure)) => answer = Some(Err(failure)),
-                Ok(Event::Lost(reason)) => return Err(lost(reason).into()),
+                Ok(Event::Lost(loss)) => return Err(CallError::Lost(loss)),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(lost("the appliance went away").into());
@@ -423,12 +576,55 @@ impl Drop for Registered<'_> {
 
 enum CallError {
     Failure(Failure),
+    Lost(Loss),
+    /// Something could not be sent: whoever reads knows why.
+    Unsent(Error),
     Other(Error),
 }
 
 impl From<Error> for CallError {
     fn from(error: Error) -> Self {
         Self::Other(error)
+    }
+}
+
+impl CallError {
+    /// What could not be sent.
+    fn unsent(error: Error) -> Self {
+        if error.kind() == ErrorKind::Lost { Self::Unsent(error) } else { Self::Other(error) }
+    }
+}
+
+/// Nothing is expected of the agent as long as this lives.
+struct StandingStill<'a>(&'a Shared);
+
+impl<'a> StandingStill<'a> {
+    fn begin(shared: &'a Shared) -> Self {
+        shared.standing_still.fetch_add(1, Ordering::SeqCst);
+        Self(shared)
+    }
+
+    fn during<T>(self, work: impl FnOnce() -> T) -> T {
+        work()
+    }
+}
+
+impl Drop for StandingStill<'_> {
+    fn drop(&mut self) {
+        self.0.heard_something();
+        let _calls = lock(&self.0.pending);
+        self.0.standing_still.fetch_sub(1, Ordering::SeqCst);
+        self.0.called.notify_all();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.shared.wanted.store(true, Ordering::SeqCst);
+        // The threads that read and watch end.
+        for stream in [&*self.control, &self.bulk] {
+            let _ = lock(stream).shutdown(std::net::Shutdown::Both);
+        }
     }
 }
 
@@ -448,29 +644,32 @@ fn call_name(call: &Call) -> String {
 
 /// Reads one stream of the agent and hands its frames to the calls that wait for them.
 fn follow(mut stream: UnixStream, shared: &Shared, bulk: bool) {
-    let reason = loop {
+    let cause = loop {
         match Frame::read_from(&mut stream) {
             Ok(Some(frame)) => {
+                shared.heard_something();
                 if let Err(reason) = dispatch(frame, shared, bulk) {
                     // What follows cannot be trusted to mean anything.
                     let _ = stream.shutdown(std::net::Shutdown::Both);
-                    break reason;
+                    break Cause::Nonsense(reason);
                 }
             }
             Ok(None) => {
                 shared.stream_ended();
-                break "the appliance closed the connection unexpectedly".to_owned();
+                break Cause::Closed("the appliance closed the connection unexpectedly".into());
             }
             Err(error) => {
+                let words = format!("the connection to the appliance: {error}");
                 // A peer that closes with something unread resets instead of ending.
                 if matches!(error, FrameError::Io(_)) {
                     shared.stream_ended();
+                    break Cause::Closed(words);
                 }
-                break format!("the connection to the appliance: {error}");
+                break Cause::Nonsense(words);
             }
         }
     };
-    shared.end(&reason);
+    shared.end(cause);
 }
 
 fn dispatch(frame: Frame, shared: &Shared, bulk: bool) -> std::result::Result<(), String> {

@@ -129,8 +129,24 @@ fn check(path: &Path, file: &impl rustix::fd::AsFd) -> Result<()> {
     Ok(())
 }
 
+/// A folder that is ours alone, which is made if need be.
+///
+/// # Errors
+///
+/// A folder that others have access to, and the operating system's.
+pub(crate) fn private_folder(path: &Path) -> Result<OwnedFd> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|error| failed("making", path, error))?;
+    let folder = open_folder(path).map_err(|error| failed("opening", path, error))?;
+    check(path, &folder)?;
+    Ok(folder)
+}
+
 /// Opens a name in a folder, itself and nothing that it might lead to.
-fn open_in(folder: &OwnedFd, path: &Path, name: &str, flags: OFlags) -> Result<OwnedFd> {
+pub(crate) fn open_in(folder: &OwnedFd, path: &Path, name: &str, flags: OFlags) -> Result<OwnedFd> {
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let shown = path.join(name);
     let file = rustix::fs::openat(folder, name, flags, Mode::from_raw_mode(0o600))
@@ -151,13 +167,7 @@ impl Snapshots {
     ///
     /// A folder that others have access to, and the operating system's.
     pub(crate) fn open(folder: &Path) -> Result<Self> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .map_err(|error| failed("making", folder, error))?;
-        let opened = open_folder(folder).map_err(|error| failed("opening", folder, error))?;
-        check(folder, &opened)?;
+        private_folder(folder)?;
         Ok(Self { folder: folder.to_owned() })
     }
 

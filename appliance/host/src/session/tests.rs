@@ -138,3 +138,93 @@ fn nonsense_ends_the_session() {
     assert!(error.to_string().contains("unexpected Call"), "{error}");
     thread.join().unwrap();
 }
+
+#[derive(Debug)]
+struct Solid;
+
+impl Ground for Solid {
+    fn ended(&self) -> Option<String> {
+        None
+    }
+
+    fn explain(&self, cause: &Cause) -> Loss {
+        Loss { remedy: Some("look".into()), ..Loss::new(cause.words()) }
+    }
+}
+
+const SHORT: Patience =
+    Patience { quiet: Duration::from_millis(60), answer: Duration::from_millis(200) };
+
+#[test]
+fn a_call_may_take_long_if_the_agent_says_that_it_is_there() {
+    let (session, thread) = session(|mut control, _bulk| {
+        let id = next(&mut control).id;
+        for _ in 0..5 {
+            let ping = next(&mut control);
+            assert_eq!(ping.decode::<Call>().unwrap(), Call::Ping);
+            Frame::encode(ping.id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+        }
+        Frame::encode(id, &Reply::Bytes(1)).unwrap().write_to(&mut control).unwrap();
+    });
+    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    assert_eq!(session.call(&Call::Sync).unwrap(), Reply::Bytes(1));
+    thread.join().unwrap();
+}
+
+#[test]
+fn every_call_fails_when_the_agent_says_nothing_any_more() {
+    let (session, thread) =
+        session(|mut control, _bulk| while control.read(&mut [0]).is_ok_and(|n| n > 0) {});
+    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    std::thread::scope(|scope| {
+        let calls = [Call::Sync, Call::Mounts].map(|call| {
+            let session = &session;
+            scope.spawn(move || session.call(&call).unwrap_err())
+        });
+        for (call, name) in calls.into_iter().zip(["sync", "mounts"]) {
+            let error = call.join().unwrap();
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("{name}: the appliance has hung: not")), "{text}");
+            assert!(text.contains("sync for ") && text.contains("mounts for "), "{text}");
+            assert_eq!((error.kind(), error.remedy()), (ErrorKind::Lost, Some("look")));
+        }
+    });
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_upload_that_nobody_reads_does_not_hang() {
+    let (session, thread) = session(|mut control, bulk| {
+        let id = next(&mut control).id;
+        Frame::encode(id, &Credit(1 << 40)).unwrap().write_to(&mut control).unwrap();
+        while control.read(&mut [0]).is_ok_and(|count| count > 0) {}
+        drop(bulk);
+    });
+    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    let call = Call::Append { path: GuestPath::of("/f"), align: 4, backup: None };
+    let error = session.upload(&call, &mut std::io::repeat(7), &Silent).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Lost);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_machine_that_stands_still_is_waited_for() {
+    let (session, thread) = session(|mut control, _bulk| {
+        let id = next(&mut control).id;
+        std::thread::sleep(Duration::from_millis(600));
+        Frame::encode(id, &Reply::Done).unwrap().write_to(&mut control).unwrap();
+    });
+    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    session.standing_still(|| assert_eq!(session.call(&Call::Sync).unwrap(), Reply::Done));
+    thread.join().unwrap();
+}
+
+#[test]
+fn an_answer_that_is_late_for_its_limit_names_the_call() {
+    let (session, thread) =
+        session(|mut control, _bulk| while control.read(&mut [0]).is_ok_and(|n| n > 0) {});
+    let error = session.call_within(&Call::Prepare, Duration::from_millis(10)).unwrap_err();
+    assert_eq!(error.to_string(), "prepare: the appliance did not answer in time");
+    drop(session);
+    thread.join().unwrap();
+}
