@@ -4,6 +4,7 @@
 mod bench;
 mod build;
 mod probe;
+mod running;
 mod shell;
 mod transfer;
 
@@ -20,6 +21,8 @@ pub(crate) fn run(options: &ApplianceArgs) -> Result<u8, Failure> {
         ApplianceCommand::Build(options) => build::run(options),
         ApplianceCommand::Bench(options) => bench::run(options),
         ApplianceCommand::Shell(options) => shell::run(options),
+        ApplianceCommand::List(options) => running::list(options),
+        ApplianceCommand::Dump(options) => running::dump(options),
         ApplianceCommand::Export(options) => transfer::export(options),
         ApplianceCommand::Import(options) => transfer::import(options),
     }

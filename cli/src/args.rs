@@ -15,8 +15,9 @@ mod values;
 mod verify_boot;
 mod words;
 
+pub(crate) use appliance::ShellArgs as ApplianceShellArgs;
 pub(crate) use appliance::{ApplianceArgs, ApplianceCommand, BenchArgs, BuildArgs, ProbeArgs};
-pub(crate) use appliance::{ExportArgs, ImportArgs, ShellArgs as ApplianceShellArgs};
+pub(crate) use appliance::{DumpArgs, ExportArgs, ImportArgs, ListArgs};
 pub(crate) use convert::ConvertArgs;
 pub(crate) use copy::CopyArgs;
 pub(crate) use image::ImageArgs;

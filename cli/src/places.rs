@@ -53,8 +53,17 @@ pub(crate) fn settings(machine: &MachineArgs) -> Settings {
         monitor: monitor(),
         memory_mib: machine.memsize.unwrap_or(defaults.memory_mib),
         processors: machine.smp.unwrap_or(defaults.processors),
+        dumps: dumps(),
         ..defaults
     }
+}
+
+/// Where the memory of an appliance is kept that ended by itself, unless `TRANSHIP_DUMPS=off`.
+fn dumps() -> Option<PathBuf> {
+    if std::env::var_os("TRANSHIP_DUMPS").is_some_and(|value| value == "off") {
+        return None;
+    }
+    appliance_cache().ok().map(|cache| cache.join("dumps"))
 }
 
 /// The program that the machine runs in: this very file.

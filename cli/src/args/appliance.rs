@@ -24,6 +24,10 @@ pub(crate) enum ApplianceCommand {
     Bench(BenchArgs),
     /// Type commands to the appliance itself
     Shell(ShellArgs),
+    /// Say which appliances are running
+    List(ListArgs),
+    /// Write the memory of a running appliance to a file, for crash or gdb
+    Dump(DumpArgs),
     /// Write the appliance to a file, for a machine without packages
     Export(ExportArgs),
     /// Take an exported appliance into the cache
@@ -86,6 +90,28 @@ pub(crate) struct ShellArgs {
     pub(crate) add: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) talk: Talk,
+}
+
+/// Options of `appliance list`.
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) talk: Talk,
+}
+
+/// Options of `appliance dump`.
+#[derive(Debug, Args)]
+pub(crate) struct DumpArgs {
+    /// The process whose appliance is meant, if several are running
+    #[arg(long, value_name = "PID")]
+    pub(crate) pid: Option<u32>,
+    /// The file to write, an ELF core file
+    pub(crate) file: PathBuf,
     #[command(flatten)]
     pub(crate) talk: Talk,
 }
