@@ -87,6 +87,7 @@ impl Own {
                 (BULK_PORT.into(), luggage.add(spec.bulk)),
             ],
             own_disks: vec![(TOOLS_SERIAL.into(), luggage.add(open(&spec.tools, false)?))],
+            trace: tranship_vmm::trace::wanted(),
         })
     }
 }
@@ -135,7 +136,7 @@ impl Backend for Own {
         let number = luggage.add(written(&order)?);
         let mut command = Command::new(&self.program);
         command.arg0(MACHINE_NAME).arg(number.to_string()).env_clear();
-        let process = Process::start(command, luggage.0)?;
+        let process = Process::start_traced(command, luggage.0)?;
         let machine = OwnMachine::new(process, channel, socket)?;
         for disk in &disks {
             machine.add_disk(disk)?;

@@ -2,7 +2,7 @@
 //! A child process that never outlives us.
 
 use crate::backend::{Machine, SnapshotFiles, SpecDisk};
-use crate::console::Console;
+use crate::console::{Console, Source};
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::FdFlags;
@@ -27,7 +27,16 @@ impl Process {
     /// # Errors
     ///
     /// [`ErrorKind::Launch`] if it cannot be started.
-    pub fn start(mut command: Command, inherited: Vec<OwnedFd>) -> Result<Self> {
+    pub fn start(command: Command, inherited: Vec<OwnedFd>) -> Result<Self> {
+        Self::start_with(command, inherited, Source::Words)
+    }
+
+    /// The same with a child of ours that tells events on its standard error, which are told on.
+    pub(crate) fn start_traced(command: Command, inherited: Vec<OwnedFd>) -> Result<Self> {
+        Self::start_with(command, inherited, Source::Events { begun: tranship_vmm::trace::now() })
+    }
+
+    fn start_with(mut command: Command, inherited: Vec<OwnedFd>, errors: Source) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let failed = {
             let name = name.clone();
@@ -78,10 +87,10 @@ impl Process {
             .map_err(|_| Error::new(ErrorKind::Launch, format!("starting {name}: no answer")))?
             .map_err(failed.clone())?;
         if let Some(stdout) = stdout {
-            console.follow(stdout).map_err(failed.clone())?;
+            console.follow(stdout, Source::Words).map_err(failed.clone())?;
         }
         if let Some(stderr) = stderr {
-            console.follow(stderr).map_err(failed)?;
+            console.follow(stderr, errors).map_err(failed)?;
         }
         let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
         let pid = pid.ok_or_else(|| Error::new(ErrorKind::Launch, "process without a number"))?;

@@ -46,6 +46,8 @@ pub struct Order {
     pub ports: Vec<(String, RawFd)>,
     /// Read-only raw disks that belong to the machine itself, under their serial numbers.
     pub own_disks: Vec<(String, RawFd)>,
+    /// Up to which level events are told on standard error; `None` to tell none.
+    pub trace: Option<String>,
 }
 
 impl Order {
@@ -111,6 +113,9 @@ fn is_open(number: RawFd) -> bool {
 /// ended is told on the process' standard error by the caller.
 pub fn run(number: RawFd) -> Result<Ending> {
     let (order, mut inherited) = read(number)?;
+    if let Some(level) = &order.trace {
+        crate::trace::start(level);
+    }
     confine::give_up_privileges(&inherited.0)?;
     allow_more_descriptors();
     let channel = Channel::from(inherited.take(order.channel, "the line to the parent")?);

@@ -24,6 +24,7 @@ mod pci;
 mod processors;
 mod serial;
 mod snapshot;
+pub mod trace;
 mod virtio;
 
 pub use board::Ending;

@@ -430,6 +430,13 @@ impl Function {
         };
         self.active = true;
         self.connect();
+        tracing::debug!(
+            kind = self.device.kind(),
+            bar = format_args!("{:#x}", self.connected.unwrap_or_default()),
+            features = format_args!("{:#x}", self.driver_features),
+            queues = queues.iter().flatten().count(),
+            "device activated"
+        );
         self.work(queues);
     }
 
@@ -489,7 +496,13 @@ impl Function {
     /// Back to the beginning (section 2.4).
     pub(crate) fn reset(&mut self) {
         self.stop();
-        self.active = false;
+        if std::mem::take(&mut self.active) {
+            tracing::debug!(
+                kind = self.device.kind(),
+                broken = self.link.is_broken(),
+                "device reset"
+            );
+        }
         for queue in &mut self.queues {
             *queue = Setup::new(queue.max);
         }

@@ -18,6 +18,19 @@ mod kind {
     pub(super) const GET_ID: u32 = 8;
     pub(super) const DISCARD: u32 = 11;
     pub(super) const WRITE_ZEROES: u32 = 13;
+
+    /// One word for it.
+    pub(super) fn name(kind: u32) -> &'static str {
+        match kind {
+            IN => "read",
+            OUT => "write",
+            FLUSH => "flush",
+            GET_ID => "name",
+            DISCARD => "discard",
+            WRITE_ZEROES => "zero",
+            _ => "unknown",
+        }
+    }
 }
 
 /// How a request ended.
@@ -198,7 +211,7 @@ impl Serve for Requests {
         let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
         let wanted = u32::from_le_bytes([k0, k1, k2, k3]);
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        tracing::trace!(serial = self.disk.how.serial, wanted, sector, "request");
+        let bytes = chain::total(&chain.readable).saturating_add(chain::total(&chain.writable));
         let (status, written) = match wanted {
             kind::IN => self.read(sector, &mut chain.writable, ram)?,
             kind::OUT => (self.write(sector, &mut chain.readable, ram)?, 0),
@@ -209,6 +222,14 @@ impl Serve for Requests {
             }
             _ => (Status::Unsupported, 0),
         };
+        tracing::trace!(
+            serial = self.disk.how.serial,
+            kind = kind::name(wanted),
+            sector,
+            bytes,
+            ?status,
+            "request"
+        );
         ram.write_obj(status as u8, status_at)
             .map_err(|_| Broken("a buffer lies outside of memory"))?;
         Ok(written.saturating_add(1))
