@@ -54,12 +54,13 @@ impl Own {
         Self { program: program.to_owned() }
     }
 
-    fn order(spec: MachineSpec, far: Channel, luggage: &mut Luggage) -> Result<Order> {
-        let mut command_line = KERNEL_WORDS.to_owned();
-        if !spec.append.is_empty() {
-            command_line.push(' ');
-            command_line.push_str(&spec.append);
-        }
+    fn order(
+        spec: MachineSpec,
+        far: Channel,
+        from: Option<SnapshotFiles>,
+        luggage: &mut Luggage,
+    ) -> Result<Order> {
+        let command_line = command_line(&spec);
         let processors = u8::try_from(spec.processors)
             .ok()
             .filter(|count| (1..=tranship_vmm::MOST_PROCESSORS).contains(count))
@@ -86,6 +87,7 @@ impl Own {
                 (CONTROL_PORT.into(), luggage.add(spec.control)),
                 (BULK_PORT.into(), luggage.add(spec.bulk)),
             ],
+            snapshot: from.map(|files| (luggage.add(files.state), luggage.add(files.memory))),
             own_disks: vec![(TOOLS_SERIAL.into(), luggage.add(open(&spec.tools, false)?))],
             trace: tranship_vmm::trace::wanted(),
         })
@@ -96,6 +98,16 @@ fn open(path: &Path, write: bool) -> Result<File> {
     File::options().read(true).write(write).open(path).map_err(|error| {
         Error::new(ErrorKind::Launch, format!("opening {}", path.display())).because(error)
     })
+}
+
+/// The kernel's command line.
+fn command_line(spec: &MachineSpec) -> String {
+    let mut words = KERNEL_WORDS.to_owned();
+    if !spec.append.is_empty() {
+        words.push(' ');
+        words.push_str(&spec.append);
+    }
+    words
 }
 
 /// The order as a file that the child inherits.
@@ -123,15 +135,16 @@ impl Backend for Own {
         MOST_DISKS
     }
 
-    fn identity(&self, _: &MachineSpec) -> Option<String> {
-        None
+    fn identity(&self, spec: &MachineSpec) -> Option<String> {
+        let program = crate::snapshots::stamp(&self.program)?;
+        Some(format!("{}\n{program}{}", self.name(), command_line(spec)))
     }
 
-    fn start(&self, spec: MachineSpec, _: Option<SnapshotFiles>) -> Result<Box<dyn Machine>> {
+    fn start(&self, spec: MachineSpec, from: Option<SnapshotFiles>) -> Result<Box<dyn Machine>> {
         let mut luggage = Luggage::default();
         let (socket, disks) = (spec.disk_socket.clone(), spec.disks.clone());
         let (channel, far) = Channel::pair().map_err(|error| launch("the machine", error))?;
-        let order = Self::order(spec, far, &mut luggage)?;
+        let order = Self::order(spec, far, from, &mut luggage)?;
         tracing::debug!(?order, "starting the machine");
         let number = luggage.add(written(&order)?);
         let mut command = Command::new(&self.program);
@@ -298,11 +311,11 @@ impl Machine for OwnMachine {
         self.ask(&Request::Remove { serial: serial.to_owned() }, &[])
     }
 
-    fn save(&self, _: &SnapshotFiles) -> Result<()> {
-        Err(Error::new(ErrorKind::Launch, "the monitor cannot save a machine"))
+    fn save(&self, files: &SnapshotFiles) -> Result<()> {
+        self.ask(&Request::Save, &[files.state.as_fd(), files.memory.as_fd()])
     }
 
-    fn dump(&self, _: &File, _: Option<(u64, u64)>) -> Result<()> {
-        Err(Error::new(ErrorKind::Launch, "the monitor cannot dump a machine's memory"))
+    fn dump(&self, to: &File, vmcoreinfo: Option<(u64, u64)>) -> Result<()> {
+        self.ask(&Request::Dump { vmcoreinfo }, &[to.as_fd()])
     }
 }

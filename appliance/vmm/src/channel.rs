@@ -76,6 +76,13 @@ pub enum Request {
     },
     /// Start the processors.
     Start,
+    /// Write the state into the first file that comes with this and the memory into the second.
+    Save,
+    /// Write the memory as a core file into the file that comes with this.
+    Dump {
+        /// Where the kernel's notes for debuggers are, address and size.
+        vmcoreinfo: Option<(u64, u64)>,
+    },
 }
 
 /// What the machine tells.

@@ -10,18 +10,20 @@ mod disk;
 use crate::channel::{Channel, Message, NewDisk, Request, Source};
 use crate::machine::{Machine, Parts};
 use crate::memory::Backing;
-use crate::{Ending, Error, Result, confine};
+use crate::{Ending, Error, Result, Snapshot, confine};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::FdFlags;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 /// The most that an order may be long.
 const MOST: u64 = 1 << 20;
+/// The most that is read of a snapshot's state: more than one can have.
+const MOST_STATE: u64 = 16 << 20;
 
 /// What the process is to run. Numbers are those of descriptors that it inherits.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,6 +46,8 @@ pub struct Order {
     pub processors: u8,
     /// Byte streams under their names.
     pub ports: Vec<(String, RawFd)>,
+    /// The state and the memory of a saved machine, to go on with that instead of booting.
+    pub snapshot: Option<(RawFd, RawFd)>,
     /// Read-only raw disks that belong to the machine itself, under their serial numbers.
     pub own_disks: Vec<(String, RawFd)>,
     /// Up to which level events are told on standard error; `None` to tell none.
@@ -54,7 +58,8 @@ impl Order {
     /// Every descriptor that the order names.
     fn descriptors(&self) -> Vec<RawFd> {
         let named = self.ports.iter().chain(&self.own_disks).map(|(_, fd)| *fd);
-        named.chain([self.kvm, self.kernel, self.initramfs, self.channel]).collect()
+        let saved = self.snapshot.iter().flat_map(|(state, memory)| [*state, *memory]);
+        named.chain(saved).chain([self.kvm, self.kernel, self.initramfs, self.channel]).collect()
     }
 }
 
@@ -140,7 +145,7 @@ pub fn run(number: RawFd) -> Result<Ending> {
         .try_clone_to_owned()
         .map_err(Error::system("the console's output"))?;
     let backing = if order.huge_pages { Backing::HugePages } else { Backing::Anonymous };
-    let machine = Machine::build(Parts {
+    let assembly = Parts {
         kvm: inherited.take(order.kvm, "/dev/kvm")?,
         kernel: File::from(inherited.take(order.kernel, "the kernel")?),
         initramfs: File::from(inherited.take(order.initramfs, "the initramfs")?),
@@ -151,9 +156,25 @@ pub fn run(number: RawFd) -> Result<Ending> {
         disks,
         ports,
         console: File::from(console),
-    })?;
+    };
+    let machine = match order.snapshot {
+        None => Machine::build(assembly)?,
+        Some((state, memory)) => {
+            let state = File::from(inherited.take(state, "the snapshot's state")?);
+            let memory = File::from(inherited.take(memory, "the snapshot's memory")?);
+            Machine::restore(assembly, Snapshot::from_bytes(&whole(state)?)?, memory)?
+        }
+    };
     confine::allow_only_what_a_machine_needs()?;
     Served { machine, channel }.serve()
+}
+
+/// All of the state's file.
+fn whole(file: File) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // What is longer is refused for its length.
+    file.take(MOST_STATE).read_to_end(&mut bytes).map_err(Error::system("the snapshot's state"))?;
+    Ok(bytes)
 }
 
 /// As many disks as there is room for need more descriptors than a process has at first.
@@ -215,8 +236,25 @@ impl Served {
             Request::Add(new) => self.machine.add_disk(disk::open(new, descriptors)?),
             Request::Remove { serial } => self.machine.remove_disk(&serial),
             Request::Start => self.machine.start(true),
+            Request::Save => {
+                let [mut state, memory] = files(descriptors)?;
+                let snapshot = self.machine.save(&memory)?;
+                state.write_all(&snapshot.to_bytes()?).map_err(Error::system("the state's file"))
+            }
+            Request::Dump { vmcoreinfo } => {
+                let [file] = files(descriptors)?;
+                self.machine.dump(vmcoreinfo, &file)
+            }
         }
     }
+}
+
+/// The files that have come with a request.
+fn files<const COUNT: usize>(descriptors: Vec<OwnedFd>) -> Result<[File; COUNT]> {
+    let files: Vec<File> = descriptors.into_iter().map(File::from).collect();
+    files.try_into().map_err(|files: Vec<File>| {
+        Error::Config(format!("{} descriptors came, expected {COUNT}", files.len()))
+    })
 }
 
 fn with_cause(error: &Error) -> String {

@@ -2,12 +2,18 @@
 //! A machine is saved while it runs, and goes on elsewhere.
 
 use super::{Machine, Parts};
+use crate::core_file::{self, ProcessorRegisters};
 use crate::memory::Backing;
 use crate::pci::lock;
 use crate::snapshot::{Snapshot, State, memory, platform, processor};
 use crate::{Error, Result};
+use kvm_bindings::{Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
 use std::fs::File;
 use std::sync::Arc;
+
+/// Swapped with GS by the kernel (AMD64 Architecture Programmer's Manual, volume 2, 4.4.2).
+const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 impl Machine {
     /// Saves the machine, which goes on afterwards as if nothing had happened. `file` gets
@@ -38,6 +44,27 @@ impl Machine {
             self.processors.resume(&self.board)?;
         }
         saved
+    }
+
+    /// Writes the memory as an ELF core file. A guest that runs stands still meanwhile; one
+    /// that has come to its end is as it was then.
+    ///
+    /// # Errors
+    ///
+    /// KVM's, and the operating system's about the file.
+    pub fn dump(&mut self, vmcoreinfo: Option<(u64, u64)>, file: &File) -> Result<()> {
+        let running = self.processors.pause();
+        let taken: Result<Vec<_>> = self.processors.standing().iter().map(registers).collect();
+        let written =
+            taken.and_then(|taken| core_file::write(&self.memory.ram, &taken, vmcoreinfo, file));
+        if running {
+            if !self.board.has_ended() {
+                processor::stood_still(self.processors.standing());
+            }
+            self.processors.resume(&self.board)?;
+        }
+        tracing::debug!(written = written.as_ref().ok(), "the memory was dumped");
+        written.map(drop)
     }
 
     fn take_state(&self, file: &File) -> Result<Snapshot> {
@@ -117,4 +144,17 @@ impl Machine {
         machine.board.uart.restore(&uart)?;
         Ok(machine)
     }
+}
+
+/// What a core file tells of a processor.
+fn registers(vcpu: &VcpuFd) -> Result<ProcessorRegisters> {
+    let mut gs_base =
+        Msrs::from_entries(&[kvm_msr_entry { index: KERNEL_GS_BASE, ..Default::default() }])
+            .map_err(|_| Error::Config("a list of one register".into()))?;
+    vcpu.get_msrs(&mut gs_base).map_err(Error::kvm("reading a processor's registers"))?;
+    Ok(ProcessorRegisters {
+        general: vcpu.get_regs().map_err(Error::kvm("reading a processor's registers"))?,
+        special: vcpu.get_sregs().map_err(Error::kvm("reading a processor's registers"))?,
+        kernel_gs_base: gs_base.as_slice().first().map_or(0, |entry| entry.data),
+    })
 }
