@@ -10,6 +10,7 @@ mod backend;
 mod clock;
 mod console;
 mod control;
+mod core_file;
 mod drive;
 mod dumps;
 mod error;

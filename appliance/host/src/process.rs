@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A child process that never outlives us.
 
-use crate::backend::{Machine, SnapshotFiles, SpecDisk};
 use crate::console::{Console, Source};
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::FdFlags;
-use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -149,57 +147,6 @@ impl Drop for Process {
         self.kill();
         // Its files and sockets are gone once it is.
         self.wait(Duration::from_secs(5));
-    }
-}
-
-/// A machine that is a process.
-#[derive(Debug)]
-pub(crate) struct MachineProcess {
-    name: &'static str,
-    process: Process,
-}
-
-impl MachineProcess {
-    pub(crate) fn new(name: &'static str, process: Process) -> Self {
-        Self { name, process }
-    }
-
-    fn cannot(&self, what: &str) -> Error {
-        Error::new(ErrorKind::Launch, format!("{} cannot {what}", self.name))
-    }
-}
-
-impl Machine for MachineProcess {
-    fn ended(&self) -> Option<String> {
-        self.process.exit_status().map(|status| format!("{} ended with {status}", self.name))
-    }
-
-    fn wait(&self, limit: Duration) -> bool {
-        self.process.wait(limit).is_some()
-    }
-
-    fn kill(&self) {
-        self.process.kill();
-    }
-
-    fn console(&self) -> String {
-        self.process.console()
-    }
-
-    fn add_disk(&self, _: &SpecDisk) -> Result<()> {
-        Err(self.cannot("take a disk"))
-    }
-
-    fn remove_disk(&self, _: &str) -> Result<()> {
-        Err(self.cannot("give a disk back"))
-    }
-
-    fn save(&self, _: &SnapshotFiles) -> Result<()> {
-        Err(self.cannot("be saved"))
-    }
-
-    fn dump(&self, _: &File, _: Option<(u64, u64)>) -> Result<()> {
-        Err(self.cannot("dump its memory"))
     }
 }
 
