@@ -31,7 +31,7 @@ use crate::failure::Failure;
 use crate::personality::Personality;
 use crate::report::Channel;
 use clap::error::{ContextKind, ContextValue, ErrorKind as ClapKind};
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use tranship_appliance::Preference;
@@ -99,6 +99,25 @@ pub(crate) struct MachineArgs {
     /// Processors of the appliance
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) smp: Option<u32>,
+    /// Whether the appliance, once booted, is kept and restored ever after: auto or off
+    #[arg(
+        long,
+        value_name = "WHEN",
+        env = "TRANSHIP_WARM_START",
+        default_value = "auto",
+        hide_default_value = true
+    )]
+    pub(crate) warm_start: WarmStart,
+}
+
+/// Whether the appliance is restored instead of booted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WarmStart {
+    /// Where it can be.
+    #[default]
+    Auto,
+    /// It boots each time, and nothing is kept.
+    Off,
 }
 
 /// Where machine-readable events go.

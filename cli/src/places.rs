@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where things are kept, and how the appliance is started, as the environment says.
 
-use crate::args::MachineArgs;
+use crate::args::{MachineArgs, WarmStart};
 use crate::failure::Failure;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -54,6 +54,10 @@ pub(crate) fn settings(machine: &MachineArgs) -> Settings {
         memory_mib: machine.memsize.unwrap_or(defaults.memory_mib),
         processors: machine.smp.unwrap_or(defaults.processors),
         dumps: dumps(),
+        snapshots: match machine.warm_start {
+            WarmStart::Auto => appliance_cache().ok().map(|cache| cache.join("warm")),
+            WarmStart::Off => None,
+        },
         ..defaults
     }
 }

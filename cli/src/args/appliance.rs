@@ -20,7 +20,7 @@ pub(crate) enum ApplianceCommand {
     Probe(ProbeArgs),
     /// Build the appliance, or bring it up to date
     Build(BuildArgs),
-    /// Start the appliance a few times and say where the time goes
+    /// Boot and restore the appliance a few times and say where the time goes
     Bench(BenchArgs),
     /// Type commands to the appliance itself
     Shell(ShellArgs),
@@ -73,6 +73,9 @@ pub(crate) struct BenchArgs {
     #[arg(short, long, value_name = "N", default_value_t = 3,
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) runs: u32,
+    /// A disk to attach for reading instead of an empty one. Can be repeated
+    #[arg(long, value_name = "DISK")]
+    pub(crate) disk: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
     /// Print the result as JSON

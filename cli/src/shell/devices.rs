@@ -7,12 +7,24 @@ use super::{Flow, Outcome};
 use crate::failure::Failure;
 use std::path::Path;
 use tranship_convert::ErrorKind;
-use tranship_protocol::{Volume, VolumeKind};
+use tranship_protocol::{Volume, VolumeKind, disk_name};
 
 pub(super) fn add(shell: &mut Shell, arguments: &Arguments) -> Outcome {
     let format = arguments.optional_text("format").map(ToOwned::to_owned);
     let path = Path::new(arguments.text(0));
     shell.add(path, format.as_deref(), arguments.flag("readonly"))?;
+    Ok(Flow::Continue)
+}
+
+pub(super) fn remove(shell: &mut Shell, arguments: &Arguments) -> Outcome {
+    let device = arguments.text(0);
+    let index = (0..shell.guest.drives())
+        .find(|index| format!("/dev/{}", disk_name(*index)) == device)
+        .ok_or_else(|| {
+            let message = format!("remove_drive: {device}: no such disk was added");
+            Failure::new(ErrorKind::Conversion, message)
+        })?;
+    shell.guest.remove_drive(index)?;
     Ok(Flow::Continue)
 }
 

@@ -95,7 +95,7 @@ const FOLLOW: &[(&str, Kind)] = &[("followsymlinks", Kind::Flag)];
 static COMMANDS: &[Command] = &[
     Command {
         optional: &[("readonly", Kind::Flag), ("format", Kind::Text)],
-        ..command("add-drive", &["add"], &[("file", Kind::Text)], "add a disk", devices::add)
+        ..command("add-drive", &["add"], &[("file", Kind::Text)], "add a disk; after launch it is plugged in", devices::add)
     },
     command("blockdev-getsize64", &[], DEVICE, "size of a device in bytes", devices::size),
     command("cat", &[], PATH, "print a file", files::cat),
@@ -120,7 +120,7 @@ static COMMANDS: &[Command] = &[
     Command { optional: FOLLOW, ..command("is-dir", &[], PATH, "whether it is a directory", files::is_dir) },
     Command { optional: FOLLOW, ..command("is-file", &[], PATH, "whether it is a regular file", files::is_file) },
     command("is-symlink", &[], PATH, "whether it is a symbolic link", files::is_symlink),
-    command("launch", &["run"], NONE, "start the appliance; comes after adding disks", devices::launch),
+    command("launch", &["run"], NONE, "start the appliance", devices::launch),
     command("list-devices", &[], NONE, "the disks", devices::list_devices),
     command("list-filesystems", &[], NONE, "the filesystems and their types", devices::list_filesystems),
     command("list-partitions", &[], NONE, "the partitions", devices::list_partitions),
@@ -138,6 +138,7 @@ static COMMANDS: &[Command] = &[
     command("mounts", &[], NONE, "mounted devices", mounts::mounts),
     command("quit", &["exit", "q"], NONE, "leave", quit),
     command("readlink", &[], PATH, "what a symbolic link says", files::readlink),
+    command("remove-drive", &[], DEVICE, "take a disk away that nothing is mounted from", devices::remove),
     command("rm-f", &[], PATH, "remove a file or link, if it is there", files::remove),
     command("sh", &[], &[("command", Kind::Text)], "run a command with the guest's shell", programs::sh),
     command("shutdown", &[], NONE, "write everything out and end the appliance", devices::shutdown),
