@@ -24,6 +24,9 @@ const BRIDGE_SLOT: usize = 0x1f;
 const BRIDGE_SLOTS: usize = 0x1f;
 /// Functions of a slot.
 const FUNCTIONS: usize = 8;
+/// Up to this many disks have interrupts of their own: a processor has some 200 to give, and
+/// each of these takes two.
+const MOST_WITH_VECTORS: usize = 64;
 /// Disks on the root bus.
 const ON_ROOT: usize = SLOTS * FUNCTIONS;
 
@@ -176,7 +179,10 @@ impl Machine<'_> {
         for (index, disk) in spec.disks.iter().enumerate() {
             let place = Place::of(index, self.chipset);
             let node = node(disk, path_text(&spec.disk_socket)?);
-            let device = device(disk, place);
+            let mut device = device(disk, place);
+            if spec.disks.len() > MOST_WITH_VECTORS {
+                device["vectors"] = 0.into();
+            }
             // QEMU takes JSON here as well: no path and no name has to be escaped.
             add(&["-blockdev", &node.to_string(), "-device", &device.to_string()]);
         }
