@@ -215,6 +215,7 @@ fn warm(arguments: &[String]) -> Result<()> {
     let begun = Instant::now();
     let snapshot = Snapshot::from_bytes(&std::fs::read(STATE)?)?;
     let (parts, control, bulk) = parts(arguments)?;
+    let again = File::create("/tmp/again")?;
     let machine = Machine::restore(parts, snapshot, File::open(MEMORY)?)?;
     let restored = begun.elapsed();
     let mut guest = Guest::start(machine, control, bulk)?;
@@ -229,6 +230,11 @@ fn warm(arguments: &[String]) -> Result<()> {
             return Err(format!("answer {number} expected: {}", answer.line).into());
         }
     }
+    // A restored machine is one like others.
+    let begun = Instant::now();
+    guest.machine.save(&again)?;
+    println!("saved again: {:?}, memory {} MiB", begun.elapsed(), again.metadata()?.blocks() >> 11);
+    guest.ask("still")?;
     report("warm", &mut guest)
 }
 

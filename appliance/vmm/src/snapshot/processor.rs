@@ -88,9 +88,6 @@ pub(crate) fn save(
     for (vcpu, state) in vcpus.iter().zip(&mut states) {
         state.tsc = get_msr(vcpu, TSC)?;
     }
-    for (vcpu, state) in vcpus.iter().zip(&mut states) {
-        state.tsc_deadline = get_msr(vcpu, TSC_DEADLINE)?;
-    }
     Ok(states)
 }
 
@@ -98,6 +95,9 @@ fn save_one(vcpu: &VcpuFd, identification: &CpuId, savable: &Savable) -> Result<
     // Asking for this state makes KVM take up a start-up message that waits, which changes
     // others.
     let mp_state = vcpu.get_mp_state().map_err(Error::kvm("reading a processor's state"))?;
+    // Before the APIC: should the timer ring in between, the guest hears it twice and not
+    // never.
+    let tsc_deadline = get_msr(vcpu, TSC_DEADLINE)?;
     Ok(ProcessorState {
         identification: words(identification),
         tsc_khz: vcpu.get_tsc_khz().ok(),
@@ -111,7 +111,7 @@ fn save_one(vcpu: &VcpuFd, identification: &CpuId, savable: &Savable) -> Result<
         msrs: get_msrs(vcpu, &savable.msrs)?,
         events: vcpu.get_vcpu_events().map_err(Error::kvm("reading pending events"))?,
         tsc: 0,
-        tsc_deadline: 0,
+        tsc_deadline,
     })
 }
 
