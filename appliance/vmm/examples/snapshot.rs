@@ -31,6 +31,7 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.first().map(String::as_str) {
         Some("cold") => cold(arguments.get(1..).unwrap_or(&[])),
+        Some("early") => early(arguments.get(1..).unwrap_or(&[])),
         Some("rubbish") => rubbish(arguments.get(1..).unwrap_or(&[])),
         Some("warm") => warm(arguments.get(1..).unwrap_or(&[])),
         _ => all(&arguments),
@@ -45,7 +46,7 @@ fn all(arguments: &[String]) -> Result<()> {
         std::fs::write("/proc/sys/vm/nr_hugepages", "128")?;
     }
     let mut found = Vec::new();
-    for stage in ["cold", "warm", "warm", "rubbish"] {
+    for stage in ["cold", "warm", "warm", "rubbish", "early"] {
         let output = Command::new("/proc/self/exe").arg(stage).args(arguments).output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         print!("{said}{}", String::from_utf8_lossy(&output.stderr));
@@ -90,6 +91,7 @@ fn parts(arguments: &[String]) -> Result<(Parts, UnixStream, UnixStream)> {
     let kvm: OwnedFd = File::options().read(true).write(true).open("/dev/kvm")?.into();
     let console = rustix::io::fcntl_dupfd_cloexec(std::io::stdout(), 3)?;
     let (control, far_control) = UnixStream::pair()?;
+    control.set_read_timeout(Some(Duration::from_secs(100)))?;
     let (bulk, far_bulk) = UnixStream::pair()?;
     let options = tranship_formats::OpenOptions { read_only: true, ..Default::default() };
     let opened = tranship_formats::open(DISK.as_ref(), &options)?;
@@ -120,11 +122,19 @@ fn parts(arguments: &[String]) -> Result<(Parts, UnixStream, UnixStream)> {
 }
 
 impl Guest {
-    fn start(mut machine: Machine, control: UnixStream, bulk: UnixStream) -> Result<Self> {
-        control.set_read_timeout(Some(Duration::from_secs(100)))?;
-        let answers = BufReader::new(control.try_clone()?);
+    fn start(machine: Machine, control: UnixStream, bulk: UnixStream) -> Result<Self> {
         confine::allow_only_what_a_machine_needs()?;
-        machine.start(true)?;
+        Self::start_as(true, machine, control, bulk)
+    }
+
+    fn start_as(
+        confined: bool,
+        mut machine: Machine,
+        control: UnixStream,
+        bulk: UnixStream,
+    ) -> Result<Self> {
+        let answers = BufReader::new(control.try_clone()?);
+        machine.start(confined)?;
         Ok(Self { machine, control, answers, _bulk: bulk })
     }
 
@@ -236,6 +246,40 @@ fn warm(arguments: &[String]) -> Result<()> {
     println!("saved again: {:?}, memory {} MiB", begun.elapsed(), again.metadata()?.blocks() >> 11);
     guest.ask("still")?;
     report("warm", &mut guest)
+}
+
+/// Guests that were saved while they booted go on booting.
+fn early(arguments: &[String]) -> Result<()> {
+    for delay in [100, 700, 1500] {
+        let delay = Duration::from_millis(delay);
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open("/tmp/early")?;
+        let (these, _control, _bulk) = parts(arguments)?;
+        let mut machine = Machine::build(these)?;
+        machine.start(false)?;
+        machine.wait(Some(delay));
+        // The guest may be asking for its ports just now.
+        let snapshot = std::iter::repeat_with(|| {
+            machine.wait(Some(Duration::from_millis(10)));
+            machine.save(&memory)
+        })
+        .take(20)
+        .find_map(std::result::Result::ok)
+        .ok_or("the machine cannot be saved")?;
+        drop(machine);
+        let snapshot = Snapshot::from_bytes(&snapshot.to_bytes()?)?;
+        let (these, control, bulk) = parts(arguments)?;
+        let machine = Machine::restore(these, snapshot, memory)?;
+        let mut guest = Guest::start_as(false, machine, control, bulk)?;
+        println!("early: \"{}\" of a guest saved after {delay:?}", guest.hear()?);
+        guest.ask("one")?;
+        report("early", &mut guest)?;
+    }
+    Ok(())
 }
 
 /// Snapshots that are damaged under a checksum that is right: none does more than not being
