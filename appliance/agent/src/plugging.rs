@@ -4,23 +4,27 @@
 use crate::failure::{Result, io, plain, system};
 use crate::volumes;
 use rustix::fs::{Mode, OFlags};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Far more than the drivers need on the slowest machine, for each disk.
+/// Far more than the drivers need on the slowest machine for one disk.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits until the disks with these serial numbers are there.
 pub(crate) fn wait_for(serials: &[String]) -> Result<()> {
-    let begun = Instant::now();
+    let (mut last, mut appeared) = (Instant::now(), 0);
     let mut looked = false;
     loop {
-        let found = volumes::serials();
-        let Some(missing) = serials.iter().find(|serial| !found.contains(serial)) else {
+        let found: HashSet<String> = volumes::serials().into_iter().collect();
+        let Some(missing) = serials.iter().find(|serial| !found.contains(*serial)) else {
             return Ok(());
         };
-        if begun.elapsed() > LIMIT {
+        if found.len() > appeared {
+            (last, appeared) = (Instant::now(), found.len());
+        }
+        if last.elapsed() > LIMIT {
             return Err(plain(format!("the disk {missing:?} was plugged in and did not appear")));
         }
         if looked {
