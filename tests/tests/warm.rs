@@ -158,7 +158,8 @@ fn disks_come_and_go_while_the_machine_runs() {
     let mut command = place.tranship(&["shell", "-a", &disks[0]]);
     command.stdin(Stdio::from(File::open(place.path("script")).unwrap()));
     let run = place.start(command).wait(APPLIANCE).ended_with(0);
-    let expected = "/dev/sda\n/dev/sdb\n/dev/sdc\ntwo\nthree\n/dev/sda\n/dev/sdc\nthrown-away\ntwo\n";
+    let expected =
+        "/dev/sda\n/dev/sdb\n/dev/sdc\ntwo\nthree\n/dev/sda\n/dev/sdc\nthrown-away\ntwo\n";
     assert_eq!(run.stdout, expected, "{}", run.stderr);
     for said in ["/dev/sdb: Device or resource busy", "disk number 1", "/dev/sdz"] {
         assert!(run.stderr.contains(said), "{said}: {}", run.stderr);

@@ -5,6 +5,8 @@ mod arguments;
 mod confine;
 mod machine;
 mod qmp;
+#[cfg(test)]
+mod tests;
 
 use crate::backend::{Backend, Machine, MachineSpec, SnapshotFiles};
 use crate::process::Process;
@@ -123,32 +125,5 @@ impl Backend for Qemu {
             machine.restore(&files)?;
         }
         Ok(Box::new(machine))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::arguments::tests::spec;
-    use super::*;
-
-    #[test]
-    fn a_machine_is_the_same_the_next_time_and_another_with_other_words() {
-        let program = tempfile::NamedTempFile::new().unwrap();
-        let qemu = Qemu::new(program.path().into(), false);
-        let first = qemu.identity(&spec(0)).unwrap();
-        assert_eq!(qemu.identity(&spec(0)).unwrap(), first);
-        let other = MachineSpec { append: "debug".into(), ..spec(0) };
-        assert_ne!(qemu.identity(&other).unwrap(), first);
-        assert_ne!(Qemu::new(program.path().into(), true).identity(&spec(0)).unwrap(), first);
-        std::fs::write(program.path(), "new").unwrap();
-        assert_ne!(qemu.identity(&spec(0)).unwrap(), first);
-        assert!(Qemu::new("/nowhere/qemu".into(), false).identity(&spec(0)).is_none());
-    }
-
-    #[test]
-    fn the_machine_of_rhel_boots_each_time() {
-        let qemu = Qemu::new("/usr/libexec/qemu-kvm".into(), true);
-        assert_eq!(qemu.most_plugged(), 0);
-        assert!(qemu.identity(&spec(0)).is_none());
     }
 }

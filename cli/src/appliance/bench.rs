@@ -199,20 +199,17 @@ fn in_order<'a>(
     let mut names: Vec<&str> = cold.iter().map(|(name, _)| name.as_str()).collect();
     let mut at = 0;
     for (name, _) in warm {
-        match names.iter().position(|known| known == name) {
-            Some(found) => at = found + 1,
-            None => {
-                // What a restored machine has instead of a boot comes after the boot.
-                while names
-                    .get(at)
-                    .is_some_and(|known| known.starts_with("machine") || known.starts_with("in it"))
-                {
-                    at += 1;
-                }
-                names.insert(at, name);
-                at += 1;
-            }
+        if let Some(found) = names.iter().position(|known| known == name) {
+            at = found + 1;
+            continue;
         }
+        // What a restored machine has instead of a boot comes after the boot.
+        let of_boot = |known: &&str| known.starts_with("machine") || known.starts_with("in it");
+        while names.get(at).is_some_and(of_boot) {
+            at += 1;
+        }
+        names.insert(at, name);
+        at += 1;
     }
     names
 }

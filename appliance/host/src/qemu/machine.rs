@@ -78,23 +78,23 @@ impl QemuMachine {
             capabilities.push(capability("mapped-ram"));
         }
         let capabilities = json!({ "capabilities": capabilities });
-        self.qmp.command("migrate-set-capabilities", capabilities, SOON)?;
+        self.qmp.command("migrate-set-capabilities", &capabilities, SOON)?;
         if access == OFlags::WRONLY {
             // The default is to be kind to a network.
             let no_limit = json!({ "max-bandwidth": 1_u64 << 40 });
-            self.qmp.command("migrate-set-parameters", no_limit, SOON)?;
+            self.qmp.command("migrate-set-parameters", &no_limit, SOON)?;
         }
         let file = reopened(file, access)?;
         let uri = if version >= BY_NAME {
             // A set of descriptors has a name; QEMU takes the one with the right access.
-            self.qmp.command_with("add-fd", json!({ "fdset-id": 1 }), &file, SOON)?;
+            self.qmp.command_with("add-fd", &json!({ "fdset-id": 1 }), &file, SOON)?;
             "file:/dev/fdset/1"
         } else {
-            self.qmp.command_with("getfd", json!({ "fdname": "state" }), &file, SOON)?;
+            self.qmp.command_with("getfd", &json!({ "fdname": "state" }), &file, SOON)?;
             "fd:state"
         };
         drop(file);
-        self.qmp.command(command, json!({ "uri": uri }), SOON)?;
+        self.qmp.command(command, &json!({ "uri": uri }), SOON)?;
         self.qmp.event(command, TRANSFER, |event| {
             match (event.name.as_str(), event.data["status"].as_str()) {
                 ("MIGRATION", Some("completed")) => Some(Ok(())),
@@ -106,7 +106,7 @@ impl QemuMachine {
             }
         })?;
         if version >= BY_NAME && access == OFlags::WRONLY {
-            self.qmp.command("remove-fd", json!({ "fdset-id": 1 }), SOON)?;
+            self.qmp.command("remove-fd", &json!({ "fdset-id": 1 }), SOON)?;
         }
         Ok(())
     }
@@ -117,11 +117,11 @@ impl QemuMachine {
         while self.status()? == "finish-migrate" && begun.elapsed() < SOON {
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.qmp.command("cont", json!({}), SOON).map(drop)
+        self.qmp.command("cont", &json!({}), SOON).map(drop)
     }
 
     fn status(&self) -> Result<String> {
-        let status = self.qmp.command("query-status", json!({}), SOON)?;
+        let status = self.qmp.command("query-status", &json!({}), SOON)?;
         Ok(status["status"].as_str().unwrap_or_default().to_owned())
     }
 }
@@ -171,10 +171,10 @@ impl Machine for QemuMachine {
         let slot = (0..SLOTS)
             .find(free)
             .ok_or_else(|| refused(format!("all {SLOTS} places for disks are taken")))?;
-        self.qmp.command("blockdev-add", node(disk, &self.disk_socket), SOON)?;
+        self.qmp.command("blockdev-add", &node(disk, &self.disk_socket), SOON)?;
         let place = Place::whole_slot(slot);
-        if let Err(error) = self.qmp.command("device_add", device(disk, place), SOON) {
-            let _ = self.qmp.command("blockdev-del", json!({ "node-name": disk.export }), SOON);
+        if let Err(error) = self.qmp.command("device_add", &device(disk, place), SOON) {
+            let _ = self.qmp.command("blockdev-del", &json!({ "node-name": disk.export }), SOON);
             return Err(error);
         }
         disks.insert(disk.serial.clone(), Plugged { node: disk.export.clone(), slot });
@@ -189,7 +189,7 @@ impl Machine for QemuMachine {
         if disks.values().filter(|other| other.slot == *slot).count() > 1 {
             return Err(refused(format!("the disk {serial:?} shares its slot with another one")));
         }
-        self.qmp.command("device_del", json!({ "id": serial }), SOON)?;
+        self.qmp.command("device_del", &json!({ "id": serial }), SOON)?;
         let mine = |data: &Value| data["device"] == serial;
         self.qmp.event("device_del", SOON, |event| match event.name.as_str() {
             "DEVICE_DELETED" if mine(&event.data) => Some(Ok(())),
@@ -198,25 +198,25 @@ impl Machine for QemuMachine {
             }
             _ => None,
         })?;
-        self.qmp.command("blockdev-del", json!({ "node-name": node }), SOON)?;
+        self.qmp.command("blockdev-del", &json!({ "node-name": node }), SOON)?;
         disks.remove(serial);
         Ok(())
     }
 
     fn save(&self, files: &SnapshotFiles) -> Result<()> {
-        self.qmp.command("stop", json!({}), SOON)?;
+        self.qmp.command("stop", &json!({}), SOON)?;
         let saved = self.transfer("migrate", &files.state, OFlags::WRONLY);
         if saved.is_err() {
-            let _ = self.qmp.command("migrate_cancel", json!({}), SOON);
+            let _ = self.qmp.command("migrate_cancel", &json!({}), SOON);
         }
         let runs = self.go_on();
         saved.and(runs)
     }
 
     fn dump(&self, to: &File, vmcoreinfo: Option<(u64, u64)>) -> Result<()> {
-        self.qmp.command_with("getfd", json!({ "fdname": "core" }), to, SOON)?;
+        self.qmp.command_with("getfd", &json!({ "fdname": "core" }), to, SOON)?;
         let whole = json!({ "paging": false, "protocol": "fd:core" });
-        self.qmp.command("dump-guest-memory", whole, DUMP)?;
+        self.qmp.command("dump-guest-memory", &whole, DUMP)?;
         let Some(place) = vmcoreinfo else { return Ok(()) };
         if let Err(error) = core_file::add_kernel_note(to, place) {
             // The memory is what counts.

@@ -87,7 +87,7 @@ impl Qmp {
     }
 
     /// Has a command carried out, and waits for its answer.
-    pub(super) fn command(&self, name: &str, arguments: Value, limit: Duration) -> Result<Value> {
+    pub(super) fn command(&self, name: &str, arguments: &Value, limit: Duration) -> Result<Value> {
         self.execute(name, arguments, None, limit)
     }
 
@@ -95,7 +95,7 @@ impl Qmp {
     pub(super) fn command_with(
         &self,
         name: &str,
-        arguments: Value,
+        arguments: &Value,
         descriptor: impl AsFd,
         limit: Duration,
     ) -> Result<Value> {
@@ -105,7 +105,7 @@ impl Qmp {
     fn execute(
         &self,
         name: &str,
-        arguments: Value,
+        arguments: &Value,
         descriptor: Option<BorrowedFd<'_>>,
         limit: Duration,
     ) -> Result<Value> {
@@ -276,7 +276,7 @@ mod tests {
         let peer = std::thread::spawn(move || {
             let mut lines = BufReader::new(far.try_clone().unwrap()).lines();
             let mut asked = || lines.next().unwrap().unwrap();
-            let mut say = |line: &str| (&far).write_all(line.as_bytes()).unwrap();
+            let say = |line: &str| (&far).write_all(line.as_bytes()).unwrap();
             say("{\"QMP\": {\"version\": {\"qemu\": {\"major\": 9, \"minor\": 2}}}}\n");
             assert!(asked().contains("qmp_capabilities"));
             say("{\"return\": {}, \"id\": 0}\n");
@@ -291,10 +291,10 @@ mod tests {
         });
         let qmp = Qmp::new(near).unwrap();
         assert_eq!(qmp.version(LIMIT).unwrap(), (9, 2));
-        assert_eq!(qmp.command("stop", json!({}), LIMIT).unwrap(), json!({ "a": 1 }));
+        assert_eq!(qmp.command("stop", &json!({}), LIMIT).unwrap(), json!({ "a": 1 }));
         let take = |event: &Event| event.data["status"].as_str().map(|text| Ok(text.to_owned()));
         assert_eq!(qmp.event("saving", LIMIT, take).unwrap(), "x");
-        let error = qmp.command("device_del", json!({}), LIMIT).unwrap_err();
+        let error = qmp.command("device_del", &json!({}), LIMIT).unwrap_err();
         assert_eq!(error.to_string(), "QEMU: device_del: no such thing");
         assert!(qmp.wait_for_end(LIMIT));
         assert_eq!(qmp.shutdown().as_deref(), Some("guest-reset"));
@@ -333,7 +333,7 @@ mod tests {
     fn a_silent_peer_is_given_up() {
         let (near, _far) = UnixStream::pair().unwrap();
         let qmp = Qmp::new(near).unwrap();
-        let error = qmp.command("stop", json!({}), Duration::from_millis(5)).unwrap_err();
+        let error = qmp.command("stop", &json!({}), Duration::from_millis(5)).unwrap_err();
         assert!(error.to_string().contains("stop: no answer in 5ms"), "{error}");
     }
 }
