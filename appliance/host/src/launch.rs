@@ -349,6 +349,7 @@ impl Live {
     /// Writes everything out and ends the machine.
     pub(crate) fn shutdown(self) -> Result<()> {
         let begun = Instant::now();
+        let before = self.machine.ended();
         let outcome = self.session.call(&Call::Shutdown);
         let killed = outcome.is_err() || !self.machine.wait(Duration::from_secs(10));
         let how = self.machine.ended();
@@ -356,7 +357,8 @@ impl Live {
             took = ?begun.elapsed(),
             killed,
             how = how.as_deref().unwrap_or("it still ran"),
-            "the appliance stopped: its user asked it to"
+            "the appliance stopped: {}",
+            if before.is_some() { "nobody had asked it to" } else { "its user asked it to" }
         );
         if killed {
             self.machine.kill();

@@ -90,11 +90,14 @@ fn panic(console: &str) -> Option<String> {
     Some(said.chars().take(MOST_LETTERS).collect())
 }
 
-/// How a console ended, `None` if it never began.
+/// How a console ended, `None` if it never began. What comes before a panic says more than the
+/// registers behind it.
 pub(crate) fn last_lines(console: &str) -> Option<String> {
-    let mut last: Vec<&str> = console.lines().rev().take(LAST_LINES).collect();
-    last.reverse();
-    (!last.is_empty()).then(|| format!("its console ended with:\n{}", last.join("\n")))
+    let lines: Vec<&str> = console.lines().collect();
+    let panic = lines.iter().position(|line| line.contains(PANIC));
+    let end = panic.map_or(lines.len(), |at| at.saturating_add(LAST_LINES / 2).min(lines.len()));
+    let last = lines.get(end.saturating_sub(LAST_LINES)..end).filter(|lines| !lines.is_empty())?;
+    Some(format!("its console ended with:\n{}", last.join("\n")))
 }
 
 #[cfg(test)]
@@ -252,5 +255,11 @@ mod tests {
         assert_eq!(panic(&long).unwrap().len(), MOST_LETTERS);
         assert_eq!(panic("Kernel panic\n"), None);
         assert_eq!(last_lines(""), None);
+        let lines: Vec<_> = (0..60).map(|line| line.to_string()).collect();
+        assert!(last_lines(&lines.join("\n")).unwrap().ends_with("\n58\n59"));
+        let console = format!("{}\n{PANIC}x\n{}", lines.join("\n"), lines.join("\n"));
+        let last = last_lines(&console).unwrap();
+        assert_eq!(last.lines().count(), 1 + LAST_LINES);
+        assert!(last.contains(PANIC) && last.contains("\n59\n") && last.ends_with("\n8"), "{last}");
     }
 }
