@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Devices without a guest: a driver in the test plays by the rules, or does not.
 
+mod hostile;
 mod state;
 
 use super::blk::{Blk, Presentation};

@@ -417,7 +417,8 @@ impl Function {
             }
         }
         let start = new & !old & status::DRIVER_OK != 0 && new & status::FEATURES_OK != 0;
-        self.link.status.store(new, Ordering::Release);
+        // A device that breaks down meanwhile adds its bit.
+        self.link.status.fetch_or(new, Ordering::AcqRel);
         if start {
             self.activate();
         }

@@ -83,7 +83,11 @@ impl<T: Send + 'static> Worker<T> {
     pub(crate) fn end(self) -> Option<T> {
         // A counter that is full is readable, too.
         let _ = self.stop.write(1);
-        self.thread.join().ok()
+        let ended = self.thread.join();
+        // Tests are to see a panic.
+        #[cfg(test)]
+        let ended = Ok::<_, ()>(ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        ended.ok()
     }
 }
 
@@ -109,7 +113,12 @@ pub(crate) trait Serve {
     fn serve(&mut self, chain: Chain, ram: &Ram) -> std::result::Result<u32, Broken>;
 }
 
-/// Serves everything that is available now, and then some.
+/// Requests that are served before somebody looks whether it is time to stop: a driver can ask
+/// for more on one processor while it waits for a reset on another.
+pub(crate) const MOST_AT_ONCE: usize = 1024;
+
+/// Serves everything that is available now, and then some. After [`MOST_AT_ONCE`] requests the
+/// queue is kicked instead.
 pub(crate) fn drain(
     active: &mut ActiveQueue,
     ram: &Ram,
@@ -117,6 +126,7 @@ pub(crate) fn drain(
     server: &mut dyn Serve,
 ) -> std::result::Result<(), Broken> {
     let queue = &mut active.queue;
+    let mut left = MOST_AT_ONCE;
     loop {
         queue.disable_notification(ram).map_err(|_| Broken("used ring"))?;
         while let Some(chain) = chain::next(queue, ram)? {
@@ -125,6 +135,11 @@ pub(crate) fn drain(
             queue.add_used(ram, head, written).map_err(|_| Broken("used ring"))?;
             if queue.needs_notification(ram).map_err(|_| Broken("available ring"))? {
                 link.queue_used(active.index);
+            }
+            left = left.saturating_sub(1);
+            if left == 0 {
+                let _ = active.kick.write(1);
+                return Ok(());
             }
         }
         if !queue.enable_notification(ram).map_err(|_| Broken("used ring"))? {

@@ -4,7 +4,7 @@
 use super::{PortState, Streams, receive_queue};
 use crate::memory::Ram;
 use crate::virtio::chain::{self, Broken, Chain};
-use crate::virtio::worker::{descriptor, wait};
+use crate::virtio::worker::{MOST_AT_ONCE, descriptor, wait};
 use crate::virtio::{ActiveQueue, Link};
 use rustix::event::{PollFd, PollFlags};
 use std::collections::VecDeque;
@@ -173,7 +173,8 @@ impl Pump {
 
     /// What the guest says about its ports.
     fn take_control(&mut self) -> Result<(), Broken> {
-        while let Some(mut chain) = self.next(CONTROL_TRANSMIT)? {
+        for _ in 0..MOST_AT_ONCE {
+            let Some(mut chain) = self.next(CONTROL_TRANSMIT)? else { return Ok(()) };
             let mut bytes = [0; MESSAGE];
             if chain::take_front(&mut chain.readable, &self.ram, &mut bytes) {
                 let [p0, p1, p2, p3, e0, e1, v0, v1] = bytes;
@@ -184,7 +185,15 @@ impl Pump {
             }
             self.used(CONTROL_TRANSMIT, chain.head, 0)?;
         }
+        self.later(CONTROL_TRANSMIT);
         Ok(())
+    }
+
+    /// Comes back to a queue, after a look whether it is time to stop.
+    fn later(&self, queue: usize) {
+        if let Some(Some(active)) = self.queues.get(queue) {
+            let _ = active.kick.write(1);
+        }
     }
 
     fn heard(&mut self, number: usize, event: u16, value: u16) {
@@ -234,7 +243,7 @@ impl Pump {
     /// From the guest to the stream.
     fn transmit(&mut self, port: usize) -> Result<(), Broken> {
         let queue = receive_queue(port.saturating_add(1)).saturating_add(1);
-        loop {
+        for _ in 0..MOST_AT_ONCE {
             let unsent = if let Some(unsent) =
                 self.ports.get_mut(port).and_then(|state| state.unsent.take())
             {
@@ -260,6 +269,8 @@ impl Pump {
                 }
             }
         }
+        self.later(queue);
+        Ok(())
     }
 
     /// Gives bytes to a stream; those that it does not take now come back.

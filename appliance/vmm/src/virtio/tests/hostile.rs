@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Drivers that resize queues, nest tables and lay rings over each other.
+
+use super::*;
+
+/// From a reset to a started device whose first queue has this size and these rings.
+fn start_with(driver: &mut Driver, size: u16, rings: [u64; 3]) {
+    driver.set(0x14, 0, 1);
+    driver.set(0x14, 3, 1);
+    for (half, features) in [(0, F_INDIRECT_DESC), (1, 1)] {
+        driver.set(0x08, half, 4);
+        driver.set(0x0c, features, 4);
+    }
+    driver.set(0x14, 11, 1);
+    driver.memory.ram.write_slice(&[0; 0x4000], GuestAddress(super::rings(0))).unwrap();
+    driver.queues[0] = (0, 0, 0);
+    driver.set(0x16, 0, 2);
+    driver.set(0x18, size.into(), 2);
+    for (field, at) in [0x20, 0x28, 0x30].into_iter().zip(rings) {
+        driver.set(field, at, 8);
+    }
+    driver.set(0x1c, 1, 2);
+    driver.set(0x14, 15, 1);
+}
+
+fn usual() -> [u64; 3] {
+    [rings(0), rings(0) + 0x1000, rings(0) + 0x2000]
+}
+
+#[test]
+fn a_queue_has_a_size_that_the_device_offers_or_none() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::new(blk);
+    driver.set(0x16, 0, 2);
+    assert_eq!(driver.get(0x18, 2), 256);
+    for (size, sound) in [
+        (0, false),
+        (1, true),
+        (2, true),
+        (3, false),
+        (4, true),
+        (64, true),
+        (100, false),
+        (256, true),
+        (257, false),
+        (512, false),
+        (0x8000, false),
+        (0xffff, false),
+    ] {
+        start_with(&mut driver, size, usual());
+        assert_eq!(driver.is_broken(), !sound, "{size}");
+        if sound && size >= 4 {
+            assert_eq!(driver.request(0, 1, 512, true), 0, "{size}");
+        }
+    }
+    // A reset gives the largest size back.
+    driver.set(0x14, 0, 1);
+    driver.set(0x16, 0, 2);
+    assert_eq!((driver.get(0x18, 2), driver.get(0x1c, 2)), (256, 0));
+}
+
+#[test]
+fn a_queue_that_runs_keeps_its_size_and_its_place() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::ready(blk);
+    assert_eq!(driver.request(0, 1, 512, true), 0);
+    for (field, value, len) in
+        [(0x18, 4, 2), (0x18, 0, 2), (0x1c, 0, 2), (0x20, 0, 8), (0x28, 1 << 40, 8), (0x30, 1, 4)]
+    {
+        let before = driver.get(field, len);
+        driver.set(field, value, len);
+        assert_eq!(driver.get(field, len), before, "{field:#x}");
+        assert_eq!(driver.request(0, 2, 512, true), 0, "{field:#x}");
+    }
+    // Queues that do not exist take nothing.
+    for queue in [1, 0xffff] {
+        driver.set(0x16, queue, 2);
+        driver.set(0x18, 8, 2);
+        driver.set(0x1c, 1, 2);
+        assert_eq!((driver.get(0x18, 2), driver.get(0x1c, 2)), (0, 0));
+        driver.set(0x3000 + queue * 4, queue, 2);
+    }
+    assert_eq!(driver.request(0, 3, 512, true), 0);
+}
+
+#[test]
+fn tables_lead_nowhere_but_to_buffers() {
+    let table = BUFFERS + 0x8000;
+    let most = u32::from(SIZE) * 16;
+    for (what, entries, len, flags) in [
+        ("a loop in a table", vec![(BUFFERS, 16, NEXT, 1), (BUFFERS, 16, NEXT, 0)], 32, INDIRECT),
+        ("a table that leads to itself", vec![(table, 32, INDIRECT, 0)], 32, INDIRECT),
+        (
+            "a table in a table",
+            vec![(BUFFERS, 16, NEXT, 1), (table + 0x100, 32, INDIRECT, 0)],
+            32,
+            INDIRECT,
+        ),
+        ("a next behind the table", vec![(BUFFERS, 16, NEXT, 2)], 32, INDIRECT),
+        ("a table that goes on", vec![(BUFFERS, 16, 0, 0)], 16, INDIRECT | NEXT),
+        ("a table with a hole at its end", vec![(BUFFERS, 16, NEXT, 1)], most * 1000, INDIRECT),
+        ("a table without an end", vec![(BUFFERS, 16, NEXT, 1)], u32::MAX & !15, INDIRECT),
+    ] {
+        let (store, blk) = disk(1 << 20, false);
+        let before = store.bytes.lock().unwrap().clone();
+        let mut driver = Driver::ready(blk);
+        for (index, (address, len, flags, next)) in (0..).zip(entries) {
+            driver.describe(table + index * 16, address, len, flags, next);
+        }
+        driver.descriptor(0, 0, table, len, flags, 0);
+        driver.offer(0, 0);
+        driver.wait_until(what, Driver::is_broken);
+        assert_eq!(*store.bytes.lock().unwrap(), before, "{what}");
+        driver.start(u64::MAX);
+        assert_eq!(driver.request(0, 1, 512, true), 0, "after {what}");
+    }
+}
+
+/// A processor that is gone before the memory is.
+#[derive(Default)]
+struct Asking {
+    enough: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.enough.store(true, Ordering::Relaxed);
+        self.thread.take().map(std::thread::JoinHandle::join);
+    }
+}
+
+#[test]
+fn a_driver_that_never_stops_asking_is_stopped_all_the_same() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::ready(blk);
+    let mut header = 4_u32.to_le_bytes().to_vec();
+    header.resize(16, 0);
+    driver.put(BUFFERS, &header);
+    driver.descriptor(0, 0, BUFFERS, 16, NEXT, 1);
+    driver.descriptor(0, 1, BUFFERS + 0x100, 1, WRITE, 0);
+    let [_, available, used] = usual().map(|at| GuestAddress(at + 2));
+    let ram = driver.memory.ram.clone();
+    let mut asking = Asking::default();
+    let enough = Arc::clone(&asking.enough);
+    // Another processor: every place of the ring is the same request, and there are always more.
+    asking.thread = Some(std::thread::spawn(move || {
+        let mut asked: u16 = 0;
+        while !enough.load(Ordering::Relaxed) {
+            let seen: u16 = ram.load(used, Ordering::SeqCst).unwrap();
+            if asked.wrapping_sub(seen) < SIZE / 2 {
+                asked = asked.wrapping_add(1);
+                ram.store(asked, available, Ordering::SeqCst).unwrap();
+            }
+        }
+    }));
+    let count = |driver: &Driver| driver.memory.ram.load::<u16>(used, Ordering::SeqCst).unwrap();
+    driver.wait_until("nothing is answered", |driver| {
+        driver.set(0x3000, 0, 2);
+        count(driver) > 100
+    });
+    driver.set(0x14, 0, 1);
+    let stopped = count(&driver);
+    std::thread::sleep(Duration::from_millis(5));
+    assert_eq!(count(&driver), stopped);
+    drop(asking);
+    driver.start(u64::MAX);
+    assert_eq!(driver.request(0, 1, 512, true), 0);
+}
+
+#[test]
+fn rings_over_each_other_do_no_harm() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::new(blk);
+    let [table, available, used] = usual();
+    for rings in [[table, available, available], [table, table, used], [table, available, table]] {
+        start_with(&mut driver, 4, rings);
+        driver.put(BUFFERS, &[0; 16]);
+        driver.descriptor(0, 0, BUFFERS, 16, NEXT, 1);
+        driver.descriptor(0, 1, BUFFERS + 0x100, 513, WRITE, 0);
+        driver.offer(0, 0);
+        driver.start(u64::MAX);
+        assert_eq!(driver.request(0, 1, 512, true), 0, "{rings:x?}");
+    }
+}
+
+#[test]
+fn a_reset_in_the_middle_of_requests_leaves_a_device_that_works() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::ready(blk);
+    for round in 0_u16..50 {
+        driver.put(BUFFERS, &[0; 16]);
+        for _ in 0..=round % 8 {
+            let buffers =
+                [(BUFFERS, 16, false), (BUFFERS + 0x1000, 512, true), (BUFFERS + 0x100, 1, true)];
+            driver.send(0, &buffers);
+        }
+        driver.start(u64::MAX);
+        assert_eq!(driver.request(0, u64::from(round), 512, true), 0, "round {round}");
+        assert_eq!(driver.take(BUFFERS + 0x1000, 1), [u8::try_from(round % 251).unwrap()]);
+    }
+}
