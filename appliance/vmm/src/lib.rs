@@ -16,6 +16,9 @@ pub mod confine;
 pub mod core_file;
 mod cpu;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod kernel;
 mod layout;
 mod machine;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What is only read, or no file at all: compressed disks and what is said over NBD.
+//! What is only read, or no file at all: compressed disks, what is said over NBD, and what a
+//! guest does with its devices.
 
 use crate::{Seeds, dmg};
 use std::io::{Read, Write};
@@ -13,6 +14,9 @@ pub(crate) fn make(seeds: &Seeds) {
     tar(seeds);
     nbd_server(seeds);
     nbd_client(seeds);
+    for (target, input) in tranship_vmm::fuzzing::seeds() {
+        seeds.put(target, &input);
+    }
 }
 
 fn dmg(seeds: &Seeds) {

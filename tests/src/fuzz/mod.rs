@@ -58,6 +58,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "formats", run: packed::formats },
     Target { name: "nbd_server", run: nbd::server },
     Target { name: "nbd_client", run: nbd::client },
+    Target { name: "vmm_disk", run: tranship_vmm::fuzzing::disk_requests },
+    Target { name: "vmm_console", run: tranship_vmm::fuzzing::console_ports },
+    Target { name: "vmm_board", run: tranship_vmm::fuzzing::board },
 ];
 
 /// Runs the target called `name`.
