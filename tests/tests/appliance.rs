@@ -3,6 +3,8 @@
 //! and the life of its cache.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "appliance/faults.rs"]
+mod faults;
 mod support;
 
 use serde_json::Value;
