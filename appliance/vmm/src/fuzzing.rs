@@ -248,7 +248,7 @@ pub fn console_ports(input: &[u8]) {
 pub fn board(input: &[u8]) {
     let (ram, rest) = memory(input);
     let nowhere = File::options().write(true).open("/dev/null").unwrap();
-    let board = Board::new(event().unwrap(), nowhere);
+    let board = Board::new(event().unwrap(), nowhere, event().unwrap());
     let (console, _far) = console();
     let devices = [console, Box::new(Rng::default()) as Box<dyn VirtioDevice>, disk(false)];
     for (index, device) in devices.into_iter().enumerate() {
