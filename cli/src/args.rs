@@ -99,6 +99,10 @@ pub(crate) struct MachineArgs {
     /// Processors of the appliance
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) smp: Option<u32>,
+    /// Take the appliance's memory from the huge pages that the host has set aside
+    /// (vm.nr_hugepages). It then boots each time
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
     /// Whether the appliance, once booted, is kept and restored ever after: auto or off
     #[arg(
         long,

@@ -52,6 +52,7 @@ pub(crate) fn settings(machine: &MachineArgs) -> Settings {
         backend: machine.backend.or_else(|| from_libguestfs(&old)).unwrap_or_default(),
         monitor: monitor(),
         memory_mib: machine.memsize.unwrap_or(defaults.memory_mib),
+        huge_pages: machine.huge_pages,
         processors: machine.smp.unwrap_or(defaults.processors),
         dumps: dumps(),
         snapshots: match machine.warm_start {

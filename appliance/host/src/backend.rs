@@ -43,6 +43,8 @@ pub struct MachineSpec {
     pub tools: PathBuf,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Whether the memory is to be pages of hugetlbfs.
+    pub huge_pages: bool,
     /// Processors.
     pub processors: u32,
     /// More words for the kernel's command line.

@@ -42,6 +42,9 @@ pub struct Settings {
     pub runtime_dir: PathBuf,
     /// Time after which a machine that has not come up is given up.
     pub launch_limit: Duration,
+    /// Whether the memory is to be pages of hugetlbfs, which the host has set aside. Such a
+    /// machine is booted each time: a saved one's memory is pages of a file.
+    pub huge_pages: bool,
     /// Folder of saved machines, which start in a blink; `None` to boot each time.
     pub snapshots: Option<PathBuf>,
     /// How long a silent agent is waited for.
@@ -61,6 +64,7 @@ impl Default for Settings {
             append: String::new(),
             runtime_dir: std::env::temp_dir(),
             launch_limit: Duration::from_mins(2),
+            huge_pages: false,
             snapshots: None,
             patience: Patience::default(),
             dumps: None,

@@ -127,7 +127,8 @@ impl Launch<'_> {
         let server = Server::bind(&socket, exports, Limits { connections, ..limits })
             .and_then(Server::start)
             .map_err(|error| Error::new(ErrorKind::Io, "serving the disks").because(error))?;
-        let (up, start, save, plug) = self.up(&*backend, &socket, &disks)?;
+        let (up, start, save, plug) =
+            self.up(&*backend, &socket, &disks).map_err(|error| self.with_huge_pages(error))?;
         let stages = stages(up.session.hello());
         let times = LaunchTimes { start, choose: choosing, boot: up.took, save, plug, stages };
         tracing::debug!(backend = backend.name(), ?times, "appliance is up");
@@ -149,6 +150,18 @@ impl Launch<'_> {
             reason,
             times,
         })
+    }
+
+    /// What is missing if the memory was to be huge pages, most likely.
+    fn with_huge_pages(&self, error: Error) -> Error {
+        if !self.settings.huge_pages || error.kind() != ErrorKind::Launch {
+            return error;
+        }
+        let pages = self.settings.memory_mib.div_ceil(2);
+        error.with_remedy(format!(
+            "the host has to have {pages} huge pages of 2 MiB set aside and free (sysctl \
+             vm.nr_hugepages, HugePages_Free in /proc/meminfo)"
+        ))
     }
 
     /// The machine with all its disks, in the quickest way that works.
@@ -199,7 +212,7 @@ impl Launch<'_> {
         socket: &Path,
         disks: usize,
     ) -> Option<(Snapshots, Key)> {
-        let folder = self.settings.snapshots.as_deref()?;
+        let folder = self.settings.snapshots.as_deref().filter(|_| !self.settings.huge_pages)?;
         if disks > backend.most_plugged() {
             tracing::debug!(disks, "too many disks to be plugged in: booting with them");
             return None;
@@ -229,6 +242,7 @@ impl Launch<'_> {
             initramfs: self.boot.initramfs.clone(),
             tools: self.boot.tools.clone(),
             memory_mib: self.settings.memory_mib,
+            huge_pages: self.settings.huge_pages,
             processors: self.settings.processors,
             append: self.settings.append.clone(),
             disk_socket: socket.to_owned(),

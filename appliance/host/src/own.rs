@@ -81,7 +81,7 @@ impl Own {
             channel: luggage.add(far),
             command_line,
             memory_mib: spec.memory_mib.next_multiple_of(2),
-            huge_pages: false,
+            huge_pages: spec.huge_pages,
             processors,
             ports: vec![
                 (CONTROL_PORT.into(), luggage.add(spec.control)),

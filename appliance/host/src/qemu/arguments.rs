@@ -138,6 +138,11 @@ impl Machine<'_> {
         let accelerator = if self.kvm { "kvm" } else { "tcg,thread=multi" };
         add(&["-accel", accelerator, "-machine", self.chipset.machine()]);
         add(&["-cpu", if self.kvm { "host" } else { "max" }]);
+        if spec.huge_pages {
+            let memory =
+                format!("memory-backend-memfd,id=ram,size={}M,hugetlb=on", spec.memory_mib);
+            add(&["-object", &memory, "-machine", "memory-backend=ram"]);
+        }
         add(&["-smp", &spec.processors.to_string(), "-m", &spec.memory_mib.to_string()]);
         add(&["-nodefaults", "-no-user-config", "-display", "none"]);
         // A machine that came to its end by itself keeps its memory for whoever asks why.
@@ -261,6 +266,7 @@ pub(super) mod tests {
             initramfs: "/c/initramfs".into(),
             tools: "/c/to,ols".into(),
             memory_mib: 512,
+            huge_pages: false,
             processors: 1,
             append: String::new(),
             disk_socket: "/s/nbd".into(),
