@@ -58,6 +58,7 @@ fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)
 nested: setup build ## Run the KVM probe and our own monitor in a nested machine with real (emulated) SVM
 	@tests/nested/probe.sh
 	@TRANSHIP_TEST_FIXTURES=$$(fixtures/debian12.sh) tests/nested/machine.sh
+	@tests/nested/snapshot.sh 1 2
 
 .PHONY: setup
 setup: ## Install what building and testing need (apt; no-op if it is there)

@@ -43,7 +43,8 @@ impl Mapping {
         };
         let misaligned = reserved.as_ptr().addr() % HUGE_PAGE;
         let skip = if misaligned == 0 { 0 } else { HUGE_PAGE - misaligned };
-        let mut flags = libc::MAP_NORESERVE;
+        // Huge pages that are not reserved would be missed only when the guest touches them.
+        let mut flags = if shared { 0 } else { libc::MAP_NORESERVE };
         flags |= if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         if file.is_none() {
             flags |= libc::MAP_ANONYMOUS;
