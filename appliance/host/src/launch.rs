@@ -177,8 +177,22 @@ impl Launch<'_> {
         let Some((snapshots, key)) = self.snapshot(backend, socket, disks.len()) else {
             return cold();
         };
-        match self.restored(backend, socket, &snapshots, &key, disks) {
-            Ok(Some((up, plug))) => return Ok((up, Start::Warm, none, plug)),
+        match self.restored(backend, socket, &snapshots, &key) {
+            Ok(Some(up)) => {
+                let begun = Instant::now();
+                let Err(error) = plug(&*up.machine, &up.session, disks) else {
+                    return Ok((up, Start::Warm, none, begun.elapsed()));
+                };
+                if error.kind() == ErrorKind::Cancelled {
+                    return Err(error);
+                }
+                tracing::debug!(error = %chain(&error), "a disk was not plugged in: booting");
+                drop(up);
+                // If they can be had this way, it was not for the disks.
+                let booted = cold()?;
+                snapshots.forget(&key);
+                return Ok(booted);
+            }
             Ok(None) => {}
             Err(error) if error.kind() == ErrorKind::Cancelled => return Err(error),
             Err(error) => {
@@ -296,15 +310,14 @@ impl Launch<'_> {
         Ok(Up { session: Arc::new(session), machine, took: begun.elapsed() })
     }
 
-    /// The saved machine with the disks plugged in; `None` if there is none.
+    /// The saved machine without disks, awake; `None` if there is none.
     fn restored(
         &self,
         backend: &dyn Backend,
         socket: &Path,
         snapshots: &Snapshots,
         key: &Key,
-        disks: &[SpecDisk],
-    ) -> Result<Option<(Up, Duration)>> {
+    ) -> Result<Option<Up>> {
         let Some(saved) = snapshots.find(key)? else { return Ok(None) };
         let (spec, control, bulk) = self.spec(socket, Vec::new())?;
         let begun = Instant::now();
@@ -322,9 +335,7 @@ impl Launch<'_> {
         session.call_within(&wake, WAKE_LIMIT)?;
         let up = self.watched(session, machine, begun)?;
         tracing::debug!(at = ?begun.elapsed(), "the agent is awake");
-        let begun = Instant::now();
-        plug(&*up.machine, &up.session, disks)?;
-        Ok(Some((up, begun.elapsed())))
+        Ok(Some(up))
     }
 }
 
