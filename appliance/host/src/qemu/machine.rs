@@ -14,8 +14,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time for what QEMU does at once.
-const SOON: Duration = Duration::from_secs(10);
+/// Time for what QEMU does at once, on a machine that is itself emulated and busy.
+const SOON: Duration = Duration::from_secs(30);
 /// Time for reading or writing a saved machine.
 const TRANSFER: Duration = Duration::from_mins(1);
 /// Time for writing all of the memory.

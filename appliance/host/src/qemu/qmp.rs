@@ -22,8 +22,7 @@ const MOST_EVENTS: usize = 64;
 /// The longest text of QEMU's that gets into an error.
 const MOST_TEXT: usize = 1 << 10;
 /// Events that somebody looks for; what else there is would only push these out.
-const WANTED: &[&str] =
-    &["DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR", "MIGRATION"];
+const WANTED: &[&str] = &["DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "MIGRATION"];
 
 /// An event and its data.
 #[derive(Debug)]
