@@ -114,6 +114,17 @@ pub(crate) struct MachineArgs {
     pub(crate) warm_start: WarmStart,
 }
 
+impl MachineArgs {
+    /// What the environment says, for commands without these options.
+    pub(crate) fn from_environment() -> Result<Self, Failure> {
+        let command = Self::augment_args(clap::Command::new("appliance"));
+        command
+            .try_get_matches_from(["appliance"])
+            .and_then(|matches| Self::from_arg_matches(&matches))
+            .map_err(|error| Failure::usage(error.to_string().trim()))
+    }
+}
+
 /// Whether the appliance is restored instead of booted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum WarmStart {

@@ -178,7 +178,7 @@ impl Worker {
             }
             Call::Prepare => present::prepare().map(|()| Reply::Done),
             Call::Wake { seconds, nanoseconds, entropy } => {
-                present::wake(seconds, nanoseconds, &entropy).map(|()| Reply::Done)
+                present::wake(seconds, nanoseconds, &entropy.0).map(|()| Reply::Done)
             }
             Call::Plugged { serials } => plugging::wait_for(&serials).map(|()| Reply::Done),
             Call::Unplug { serial } => plugging::let_go(&serial).map(|()| Reply::Done),

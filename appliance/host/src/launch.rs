@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tranship_nbd::{Limits, Running, Server};
-use tranship_protocol::{Call, Hello, MOST_ENTROPY, disk_serial};
+use tranship_protocol::{Call, Entropy, Hello, MOST_ENTROPY, disk_serial};
 
 /// Bytes from this host's random pool that a restored machine gets.
 const ENTROPY: usize = 64;
@@ -330,7 +330,7 @@ impl Launch<'_> {
         let wake = Call::Wake {
             seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             nanoseconds: now.subsec_nanos(),
-            entropy,
+            entropy: Entropy(entropy),
         };
         session.call_within(&wake, WAKE_LIMIT)?;
         let up = self.watched(session, machine, begun)?;

@@ -153,6 +153,16 @@ pub struct NewFile {
     pub gid: u32,
 }
 
+/// Random bytes, which are nobody's business.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entropy(pub Vec<u8>);
+
+impl std::fmt::Debug for Entropy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Entropy({} bytes)", self.0.len())
+    }
+}
+
 /// Something that the host asks the agent to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Call {
@@ -169,7 +179,7 @@ pub enum Call {
         /// and nanoseconds.
         nanoseconds: u32,
         /// Fresh random bytes, at most [`crate::MOST_ENTROPY`].
-        entropy: Vec<u8>,
+        entropy: Entropy,
     },
     /// Disks were plugged in: waits until those with these serial numbers are there.
     Plugged {

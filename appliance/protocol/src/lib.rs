@@ -34,8 +34,8 @@ mod frame;
 mod path;
 
 pub use call::{
-    Attributes, Call, Cancelled, Credit, Failure, FileKind, FilesystemCheck, Hello, Name, NewFile,
-    ProgramOutput, Progress, Reply, Space, Volume, VolumeKind,
+    Attributes, Call, Cancelled, Credit, Entropy, Failure, FileKind, FilesystemCheck, Hello, Name,
+    NewFile, ProgramOutput, Progress, Reply, Space, Volume, VolumeKind,
 };
 pub use frame::{Body, Frame, FrameError, FrameKind, MAX_BODY};
 pub use path::GuestPath;

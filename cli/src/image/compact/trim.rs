@@ -13,7 +13,7 @@ use tranship_protocol::GuestPath;
 /// Mounts each filesystem of the disk in the appliance and trims it; the bytes that they
 /// gave back.
 pub(super) fn trim(source: Source, cancel: &CancelToken, console: Console) -> Result<u64, Failure> {
-    let machine = MachineArgs::default();
+    let machine = MachineArgs::from_environment()?;
     let mut guest = Guest::new(places::settings(&machine)).with_cancel(cancel.clone());
     let drive =
         Drive { device: source.opened.device, read_only: false, durable: true, image: None };
