@@ -108,7 +108,7 @@ impl Backend for Qemu {
             bulk: spec.bulk.as_raw_fd(),
             qmp: far.as_raw_fd(),
         };
-        let tsc_khz = if self.kvm { None } else { clock::tsc_khz() };
+        let tsc_khz = if self.kvm || from.is_some() { None } else { clock::tsc_khz() };
         let mut command = Command::new(&self.program);
         command.args(self.machine(&spec, tsc_khz).arguments(descriptors)?);
         if from.is_some() {
