@@ -60,13 +60,12 @@ impl Console {
         let mut stream = BufReader::new(stream);
         let mut line = Vec::new();
         while stream.by_ref().take(MOST_LINE).read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-            match event(&line) {
-                Some(event) => tell(&event, begun),
-                None => {
-                    let words = String::from_utf8_lossy(&line);
-                    tracing::debug!(words = words.trim_end(), "the machine's process says");
-                    self.keep(&line);
-                }
+            if let Some(event) = event(&line) {
+                tell(&event, begun);
+            } else {
+                let words = String::from_utf8_lossy(&line);
+                tracing::debug!(words = words.trim_end(), "the machine's process says");
+                self.keep(&line);
             }
             line.clear();
         }

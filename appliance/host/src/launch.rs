@@ -376,8 +376,9 @@ impl Live {
         let begun = Instant::now();
         let before = self.machine.ended();
         let outcome = self.session.call(&Call::Shutdown);
-        let killed = outcome.is_err() || !self.machine.wait(Duration::from_secs(10));
+        let ended = outcome.is_ok() && self.machine.wait(Duration::from_secs(10));
         let how = self.machine.ended();
+        let killed = !ended && how.is_none();
         tracing::debug!(
             took = ?begun.elapsed(),
             killed,
@@ -385,7 +386,7 @@ impl Live {
             "the appliance stopped: {}",
             if before.is_some() { "nobody had asked it to" } else { "its user asked it to" }
         );
-        if killed {
+        if !ended {
             self.machine.kill();
         }
         let stopped = self.disks.stop();

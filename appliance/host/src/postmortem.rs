@@ -65,7 +65,8 @@ impl Postmortem {
         match dumps::keep(folder, |file| machine.dump(file, self.vmcoreinfo)) {
             Ok((path, size)) => {
                 tracing::debug!(path = %path.display(), size, "memory dumped");
-                loss.message.push_str(&format!("; its memory is in {}", path.display()));
+                loss.message += "; its memory is in ";
+                loss.message += &path.display().to_string();
                 loss.remedy = Some(remedy(&path));
             }
             Err(error) => {

@@ -130,7 +130,8 @@ fn nonsense_does_not_end_it() {
     let top = tempfile::tempdir().unwrap();
     let one = start(top.path(), true);
     let socket = one.folder.path().join(SOCKET);
-    for nonsense in [&b"\n"[..], b"{}\n", b"\"reboot\"\n", &[0xff; 70_000]] {
+    let long = vec![0xff; 70_000];
+    for nonsense in [&b"\n"[..], b"{}\n", b"\"reboot\"\n", &long] {
         let mut stream = UnixStream::connect(&socket).unwrap();
         // It may hang up before the end of what is too long.
         let _ = stream.write_all(nonsense);

@@ -228,3 +228,26 @@ fn an_answer_that_is_late_for_its_limit_names_the_call() {
     drop(session);
     thread.join().unwrap();
 }
+
+#[test]
+fn a_call_that_was_given_up_leaves_no_question_behind() {
+    let (session, thread) = session(|mut control, _bulk| {
+        next(&mut control);
+        // The question about the first call stays open; the second call is answered.
+        loop {
+            let frame = next(&mut control);
+            if frame.decode::<Call>().is_ok_and(|call| call == Call::Mounts) {
+                std::thread::sleep(Duration::from_millis(30));
+                return Frame::encode(frame.id, &Reply::Done)
+                    .unwrap()
+                    .write_to(&mut control)
+                    .unwrap();
+            }
+        }
+    });
+    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    session.call_within(&Call::Sync, Duration::from_millis(150)).unwrap_err();
+    std::thread::sleep(Duration::from_millis(250));
+    assert_eq!(session.call(&Call::Mounts).unwrap(), Reply::Done);
+    thread.join().unwrap();
+}

@@ -5,7 +5,8 @@
 //! nothing for a while it is asked whether it is there, which it answers beside whatever else it
 //! does; if no answer comes, every call fails.
 
-use super::{Cause, Shared, lock};
+use super::shared::{Cause, Shared, lock, lost};
+use crate::Error;
 use rustix::net::SendFlags;
 use std::fmt::Debug;
 use std::net::Shutdown;
@@ -45,6 +46,18 @@ impl Loss {
     pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), ..Self::default() }
     }
+
+    /// The error of a call that was lost.
+    pub(super) fn error(&self, name: &str) -> Error {
+        let mut error = lost(format!("{name}: {}", self.message));
+        if let Some(remedy) = &self.remedy {
+            error = error.with_remedy(remedy);
+        }
+        if let Some(because) = &self.because {
+            error = error.because(because.clone());
+        }
+        error
+    }
 }
 
 /// What a session stands on.
@@ -79,7 +92,11 @@ impl Watchdog {
         // Since when, and whether the question is on its way.
         let mut asked: Option<(Instant, bool)> = None;
         let mut gone = false;
-        while self.wait_for_calls() {
+        while let Some(waited) = self.wait_for_calls() {
+            if waited {
+                // The question was about calls that are over.
+                asked = None;
+            }
             let before = Instant::now();
             std::thread::sleep(step);
             if before.elapsed() > step.saturating_add(OVERSLEPT) {
@@ -94,7 +111,7 @@ impl Watchdog {
             if let Some(how) = self.ground.ended() {
                 // One more look, for the answer that is still on its way.
                 if gone {
-                    return self.give_up(Cause::Ended(how));
+                    return self.give_up(&Cause::Ended(how));
                 }
                 gone = true;
                 continue;
@@ -105,7 +122,7 @@ impl Watchdog {
                     asked = None;
                 }
                 Some((at, _)) if at.elapsed() > self.patience.answer => {
-                    return self.give_up(Cause::Hung(self.hung()));
+                    return self.give_up(&Cause::Hung(self.hung()));
                 }
                 Some((at, false)) => asked = Some((at, self.ask())),
                 None if self.silence() > self.patience.quiet => {
@@ -121,17 +138,20 @@ impl Watchdog {
         }
     }
 
-    /// Waits until some call waits; `false` once the session is over.
-    fn wait_for_calls(&self) -> bool {
+    /// Waits until some call waits; whether there was none before, `None` once the session is
+    /// over.
+    fn wait_for_calls(&self) -> Option<bool> {
         let mut pending = lock(&self.shared.pending);
+        let mut waited = false;
         loop {
             if self.shared.closed.load(Ordering::SeqCst) {
-                return false;
+                return None;
             }
             let standing_still = self.shared.standing_still.load(Ordering::SeqCst) > 0;
             if !pending.is_empty() && !standing_still {
-                return true;
+                return Some(waited);
             }
+            waited = true;
             pending = self.shared.called.wait(pending).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -182,7 +202,7 @@ impl Watchdog {
         frame.write_to(&mut bytes).is_ok() && rustix::net::send(&*stream, &bytes, flags).is_ok()
     }
 
-    fn give_up(&self, cause: Cause) {
+    fn give_up(&self, cause: &Cause) {
         self.shared.end(cause);
         // Whoever is stuck in a write comes back.
         for stream in &self.streams {

@@ -211,7 +211,8 @@ impl Serve for Requests {
         let [k0, k1, k2, k3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
         let wanted = u32::from_le_bytes([k0, k1, k2, k3]);
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-        let bytes = chain::total(&chain.readable).saturating_add(chain::total(&chain.writable));
+        let bytes = tracing::enabled!(tracing::Level::TRACE)
+            .then(|| chain::total(&chain.readable).saturating_add(chain::total(&chain.writable)));
         let (status, written) = match wanted {
             kind::IN => self.read(sector, &mut chain.writable, ram)?,
             kind::OUT => (self.write(sector, &mut chain.readable, ram)?, 0),
