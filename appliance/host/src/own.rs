@@ -159,8 +159,8 @@ impl Backend for Own {
     }
 }
 
-/// The most disks: two buses have room for some 500 functions, RHEL 5 under Xen knew 256 disks.
-const MOST_DISKS: usize = 480;
+/// The most disks: one place of the machine's is the appliance's own.
+const MOST_DISKS: usize = tranship_vmm::MOST_DISKS - 1;
 
 /// Time that the monitor has for an answer. Opening a disk of a slow server takes longest.
 const ANSWER_LIMIT: Duration = Duration::from_mins(2);

@@ -10,6 +10,7 @@ use crate::layout::{
     PCI_ADDRESS, RESET, RESET_VALUE, SERIAL, SERIAL_INTERRUPT, SLEEP_CONTROL, SLEEP_STATUS,
 };
 use crate::memory::Ram;
+use crate::pci::pin::interrupt_of;
 use crate::{Error, Result};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -59,10 +60,25 @@ fn bridge(bus: u8) -> Vec<u8> {
     }
     let template = aml::ResourceTemplate::new(resources);
     let resources = aml::Name::new("_CRS".into(), &template);
-    let parts: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &base, &uid, &resources];
+    let routes = Done(routes());
+    let routing = aml::Name::new("_PRT".into(), &routes);
+    let parts: Vec<&dyn Aml> = vec![&hid, &cid, &segment, &base, &uid, &resources, &routing];
     let mut bytes = Vec::new();
     aml::Device::new(name.into(), parts).to_aml_bytes(&mut bytes);
     bytes
+}
+
+/// To which interrupt the pin of each slot leads (section 6.2.13): slot and all functions, INTA#,
+/// no device in between, the number.
+fn routes() -> Vec<u8> {
+    let routes: Vec<Done> = (0..32_u8)
+        .map(|slot| {
+            let (functions, interrupt) = (u32::from(slot) << 16 | 0xffff, interrupt_of(slot));
+            let parts: Vec<&dyn Aml> = vec![&functions, &aml::ZERO, &aml::ZERO, &interrupt];
+            Done(bytes_of(&aml::Package::new(parts)))
+        })
+        .collect();
+    bytes_of(&aml::Package::new(routes.iter().map(|route| route as &dyn Aml).collect()))
 }
 
 /// The configuration space as something that is taken: else Linux ignores MCFG.

@@ -17,11 +17,12 @@ use crate::layout::{BAR_SIZE, BAR_WINDOW, ECAM, PCI_ADDRESS};
 use crate::memory::Ram;
 use crate::pci::Address;
 use crate::pci::msix::MessageSink;
+use crate::pci::pin::{LineSink, Lines};
 use crate::virtio::VirtioDevice;
 use crate::virtio::blk::{Blk, Presentation};
 use crate::virtio::console::{Console, Port};
 use crate::virtio::rng::Rng;
-use crate::virtio::transport::{Doorbells, Function};
+use crate::virtio::transport::{Doorbells, Function, Wires};
 use crate::virtio::worker::{Spawner, event};
 use std::fs::File;
 use std::io::Read;
@@ -49,6 +50,10 @@ struct Nowhere;
 
 impl MessageSink for Nowhere {
     fn send(&self, _: u64, _: u32) {}
+}
+
+impl LineSink for Nowhere {
+    fn set(&self, _: u32, _: bool) {}
 }
 
 impl Doorbells for Nowhere {
@@ -130,8 +135,15 @@ fn console() -> (Box<dyn VirtioDevice>, Vec<UnixStream>) {
 fn function(device: Box<dyn VirtioDevice>, index: usize, ram: &Ram) -> Function {
     let address = Address::of(index).unwrap();
     let spawner = Spawner::new().unwrap();
-    Function::new(device, address, ram.clone(), Arc::new(Nowhere), Arc::new(Nowhere), spawner)
-        .unwrap()
+    let lines = Lines::new(&(Arc::new(Nowhere) as Arc<dyn LineSink>));
+    let wires = Wires {
+        messages: Arc::new(Nowhere),
+        // Some have only a pin.
+        has_vectors: index.is_multiple_of(2),
+        pin: lines.pin(address),
+        doorbells: Arc::new(Nowhere),
+    };
+    Function::new(device, address, ram.clone(), wires, spawner).unwrap()
 }
 
 /// Memory with the input in it; what is left of the input.

@@ -58,6 +58,9 @@ pub(crate) const TSS: usize = 0xfffb_d000;
 /// First port of the serial console, and its interrupt.
 pub(crate) const SERIAL: u16 = 0x3f8;
 pub(crate) const SERIAL_INTERRUPT: u32 = 4;
+/// The interrupts of PCI's pins: inputs of the IOAPIC that nothing else ever had.
+pub(crate) const PIN_INTERRUPT: u32 = 16;
+pub(crate) const PIN_INTERRUPTS: u32 = 8;
 /// PCI configuration mechanism 1: address and data.
 pub(crate) const PCI_ADDRESS: u16 = 0xcf8;
 pub(crate) const PCI_DATA: u16 = 0xcfc;

@@ -3,7 +3,7 @@
 //!
 //! It boots the uncompressed kernel of a distribution by Linux' 64-bit boot protocol and
 //! gives it what those kernels have drivers for and nothing else: hardware-reduced ACPI, PCI
-//! with MSI-X, virtio disks, a virtio console with named ports, entropy, and a serial line
+//! with MSI-X and pins, virtio disks, a virtio console with named ports, entropy, and a serial line
 //! for last words. Disks are any [`tranship_block::BlockDevice`], served by threads of their
 //! own in this process.
 #![cfg(target_arch = "x86_64")]
@@ -32,6 +32,6 @@ mod virtio;
 
 pub use board::Ending;
 pub use error::{Error, Result};
-pub use machine::{Disk, MOST_PROCESSORS, Machine, Parts};
+pub use machine::{Disk, MOST_DISKS, MOST_PROCESSORS, Machine, Parts};
 pub use memory::{Backing, Memory, Ram};
 pub use snapshot::Snapshot;

@@ -6,6 +6,7 @@ mod saving;
 use crate::board::{Board, Ending};
 use crate::memory::{Backing, Memory, Ram};
 use crate::pci::msix::MessageSink;
+use crate::pci::pin::{LineSink, Lines};
 use crate::pci::{Address, MOST_DEVICES};
 use crate::processors::Processors;
 use crate::snapshot::processor::Savable;
@@ -13,7 +14,7 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::blk::{Blk, Presentation};
 use crate::virtio::console::{Console, Port};
 use crate::virtio::rng::Rng;
-use crate::virtio::transport::{Doorbells, Function};
+use crate::virtio::transport::{Doorbells, Function, Wires};
 use crate::virtio::worker::Spawner;
 use crate::{Error, Result, acpi, cpu, kernel, layout};
 use kvm_bindings::{
@@ -33,6 +34,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// The most processors: the appliance has no use for more.
 pub const MOST_PROCESSORS: u8 = 8;
+
+/// The most disks: what the buses hold besides the console and entropy.
+pub const MOST_DISKS: usize = MOST_DEVICES - 2;
+
+/// The most disks with interrupt vectors of their own, of which a guest with one processor has
+/// some 200 for everything. Others share lines.
+const MOST_WITH_VECTORS: usize = 64;
 
 /// A disk of the machine.
 #[derive(Clone, Debug)]
@@ -93,24 +101,46 @@ pub struct Machine {
 #[derive(Debug)]
 struct Slots {
     messages: Arc<Messages>,
+    lines: Lines,
     ram: Ram,
     spawner: Spawner,
-    /// Where the disks are, by their serial numbers.
-    disks: BTreeMap<String, Address>,
+    /// The disks by their serial numbers.
+    disks: BTreeMap<String, Place>,
     processors: u8,
+}
+
+/// Where a disk is, and whether it has vectors.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    address: Address,
+    has_vectors: bool,
 }
 
 impl Slots {
     /// Puts a device into the first free place.
-    fn put(&self, board: &Board, device: Box<dyn VirtioDevice>) -> Result<Address> {
+    fn put(
+        &self,
+        board: &Board,
+        device: Box<dyn VirtioDevice>,
+        has_vectors: bool,
+    ) -> Result<Address> {
         let address = board.pci.free().ok_or_else(|| {
             Error::Config(format!("no room for more than {MOST_DEVICES} devices"))
         })?;
-        let sink = Arc::clone(&self.messages) as Arc<dyn MessageSink>;
-        let bells = Arc::clone(&self.messages) as Arc<dyn Doorbells>;
+        let wires = Wires {
+            messages: Arc::clone(&self.messages) as Arc<dyn MessageSink>,
+            has_vectors,
+            pin: self.lines.pin(address),
+            doorbells: Arc::clone(&self.messages) as Arc<dyn Doorbells>,
+        };
         let (ram, spawner) = (self.ram.clone(), self.spawner.clone());
-        board.pci.add(address, Function::new(device, address, ram, sink, bells, spawner)?);
+        board.pci.add(address, Function::new(device, address, ram, wires, spawner)?);
         Ok(address)
+    }
+
+    /// Whether the next disk gets vectors.
+    fn has_vectors_left(&self) -> bool {
+        self.disks.values().filter(|place| place.has_vectors).count() < MOST_WITH_VECTORS
     }
 }
 
@@ -129,6 +159,14 @@ impl MessageSink for Messages {
         };
         if let Err(error) = self.0.signal_msi(message) {
             tracing::debug!(%error, "an interrupt message was not delivered");
+        }
+    }
+}
+
+impl LineSink for Messages {
+    fn set(&self, interrupt: u32, high: bool) {
+        if let Err(error) = self.0.set_irq_line(interrupt, high) {
+            tracing::debug!(%error, interrupt, high, "an interrupt line was not changed");
         }
     }
 }
@@ -186,6 +224,7 @@ impl Machine {
         let devices: [Box<dyn VirtioDevice>; 2] =
             [Box::new(Console::new(streams)?), Box::new(Rng::default())];
         let slots = Slots {
+            lines: Lines::new(&(Arc::clone(&messages) as Arc<dyn LineSink>)),
             messages,
             ram: memory.ram.clone(),
             spawner: Spawner::new()?,
@@ -193,7 +232,7 @@ impl Machine {
             processors: count,
         };
         for device in devices {
-            slots.put(&board, device)?;
+            slots.put(&board, device, true)?;
         }
 
         let mut entry = None;
@@ -259,10 +298,14 @@ impl Machine {
             return Err(refused("there is a disk with this serial number".into()));
         }
         let serial = disk.serial.clone();
-        let device = Box::new(blk(disk, self.slots.processors));
-        let address = self.slots.put(&self.board, device)?;
-        tracing::debug!(serial, %address, "a disk was plugged in");
-        self.slots.disks.insert(serial, address);
+        let has_vectors = self.slots.has_vectors_left();
+        // More queues than processors would never be filled, and those of disks without vectors
+        // would all have the same interrupt.
+        let queues = if has_vectors { self.slots.processors.min(4) } else { 1 };
+        let device = Box::new(blk(disk, queues.into()));
+        let address = self.slots.put(&self.board, device, has_vectors)?;
+        tracing::debug!(serial, %address, has_vectors, "a disk was plugged in");
+        self.slots.disks.insert(serial, Place { address, has_vectors });
         Ok(())
     }
 
@@ -272,7 +315,7 @@ impl Machine {
     ///
     /// No disk with this serial number.
     pub fn remove_disk(&mut self, serial: &str) -> Result<()> {
-        let address = self.slots.disks.remove(serial).ok_or_else(|| Error::Disk {
+        let Place { address, .. } = self.slots.disks.remove(serial).ok_or_else(|| Error::Disk {
             serial: serial.to_owned(),
             message: "there is no such disk".into(),
         })?;
@@ -314,14 +357,13 @@ impl Drop for Machine {
     }
 }
 
-fn blk(disk: Disk, processors: u8) -> Blk {
+fn blk(disk: Disk, queues: u16) -> Blk {
     let how = Presentation {
         serial: disk.serial,
         read_only: disk.read_only,
         durable: disk.durable,
         sector_size: disk.sector_size,
-        // More queues than processors would never be filled.
-        queues: u16::from(processors.min(4)),
+        queues,
     };
     Blk::new(disk.device, how)
 }

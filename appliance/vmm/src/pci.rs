@@ -3,6 +3,7 @@
 
 pub(crate) mod config;
 pub(crate) mod msix;
+pub(crate) mod pin;
 
 use crate::layout::{BAR_SIZE, BAR_WINDOW, BAR_WINDOW_SIZE, BUSES, ECAM_BUS};
 use crate::virtio::transport::Function;
@@ -45,6 +46,13 @@ impl Address {
         let at =
             BAR_WINDOW + u64::from(self.bus) * BAR_WINDOW_SIZE + u64::from(self.devfn) * BAR_SIZE;
         u32::try_from(at).unwrap_or(0)
+    }
+
+    /// The function whose BAR contains `at` before anybody moves it.
+    fn from_bar(at: u64) -> Option<Self> {
+        let index = at.checked_sub(BAR_WINDOW)? / BAR_SIZE;
+        let bus = u8::try_from(index >> 8).ok().filter(|bus| *bus < BUSES)?;
+        Some(Self { bus, devfn: u8::try_from(index & 0xff).ok()? })
     }
 
     /// From an offset into the memory-mapped configuration space: the function and the
@@ -197,11 +205,16 @@ impl Pci {
     /// The device that answers at `at`, and the offset into its BAR.
     fn find(&self, at: u64) -> Option<(Shared, u64)> {
         let functions = self.functions.read().unwrap_or_else(PoisonError::into_inner);
-        functions.values().find_map(|function| {
+        let answers = |function: &Shared| {
             let bar = lock(function).bar()?;
             let offset = at.checked_sub(bar).filter(|offset| *offset < BAR_SIZE)?;
             Some((Arc::clone(function), offset))
-        })
+        };
+        // Hardly any guest moves a BAR.
+        Address::from_bar(at)
+            .and_then(|address| functions.get(&address))
+            .and_then(answers)
+            .or_else(|| functions.values().find_map(answers))
     }
 
     /// The guest reads from a BAR's window; `false` if nobody answers there.
@@ -242,6 +255,11 @@ mod tests {
         assert_eq!(places.len(), MOST_DEVICES);
         assert!(places.iter().all(|(bus, devfn, bar)| (*bus, *devfn) != (0, 0) && *bar != 0));
         assert_eq!(Address::of(MOST_DEVICES), None);
+        for place in (0..MOST_DEVICES).filter_map(Address::of) {
+            assert_eq!(Address::from_bar(u64::from(place.bar()) + BAR_SIZE - 1), Some(place));
+        }
+        assert_eq!(Address::from_bar(BAR_WINDOW - 1), None);
+        assert_eq!(Address::from_bar(BAR_WINDOW + BAR_WINDOW_SIZE * 2), None);
         assert_eq!(Address::of(0).unwrap().to_string(), "00:01.0");
         assert_eq!(Address::of(32).unwrap().to_string(), "00:02.1");
     }

@@ -12,6 +12,7 @@ pub(crate) mod worker;
 
 use crate::memory::Ram;
 use crate::pci::msix::Msix;
+use crate::pci::pin::{self, Pin};
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -117,7 +118,8 @@ pub(crate) enum DeviceState {
 pub(crate) struct Link {
     msix: Arc<Msix>,
     status: AtomicU8,
-    isr: AtomicU8,
+    /// With the ISR status.
+    pin: Pin,
     generation: AtomicU8,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
@@ -125,11 +127,11 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    pub(crate) fn new(msix: Arc<Msix>, queues: usize) -> Self {
+    pub(crate) fn new(msix: Arc<Msix>, pin: Pin, queues: usize) -> Self {
         Self {
             msix,
             status: AtomicU8::new(0),
-            isr: AtomicU8::new(0),
+            pin,
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
@@ -139,14 +141,15 @@ impl Link {
 
     /// Something of the queue was used.
     pub(crate) fn queue_used(&self, index: u16) {
-        self.isr.fetch_or(1, Ordering::AcqRel);
-        if let Some(vector) = self.queue_vectors.get(usize::from(index)) {
-            self.msix.raise(vector.load(Ordering::Acquire));
+        let vector = self.queue_vectors.get(usize::from(index));
+        if !self.msix.raise(vector.map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))) {
+            self.pin.raise(pin::QUEUE);
         }
     }
 
     fn tell_config(&self) {
-        self.isr.fetch_or(2, Ordering::AcqRel);
+        // With messages, too (section 4.1.4.5.1); the pin is closed then.
+        self.pin.raise(pin::CONFIGURATION);
         self.msix.raise(self.config_vector.load(Ordering::Acquire));
     }
 

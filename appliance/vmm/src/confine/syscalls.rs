@@ -101,6 +101,7 @@ const IOCTLS: &[u64] = &[
     KVM_CREATE_VCPU,
     KVM_RUN,
     KVM_SIGNAL_MSI,
+    KVM_IRQ_LINE,
     KVM_IOEVENTFD,
     KVM_IRQFD,
     KVM_KVMCLOCK_CTRL,
@@ -129,6 +130,7 @@ const IOCTLS: &[u64] = &[
 const KVM_CREATE_VCPU: u64 = 0xae41;
 const KVM_RUN: u64 = 0xae80;
 const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+const KVM_IRQ_LINE: u64 = 0x4008_ae61;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
@@ -247,7 +249,7 @@ pub(super) fn process() -> Result<[BpfProgram; 3]> {
 /// For a processor's thread: besides running the guest it raises interrupts and prints.
 pub(super) fn processor() -> Result<BpfProgram> {
     let mut rules = runtime()?;
-    let ioctls = [KVM_RUN, KVM_SIGNAL_MSI, KVM_IOEVENTFD, KVM_KVMCLOCK_CTRL];
+    let ioctls = [KVM_RUN, KVM_SIGNAL_MSI, KVM_IRQ_LINE, KVM_IOEVENTFD, KVM_KVMCLOCK_CTRL];
     rules.insert(libc::SYS_ioctl, one_of(1, &ioctls)?);
     compiled(rules, SeccompAction::KillProcess, SeccompAction::Allow)
 }

@@ -4,10 +4,19 @@
 /// Command register: the function answers in its memory window.
 pub(crate) const MEMORY_SPACE: u16 = 1 << 1;
 
+/// Command register: the function must not assert its interrupt pin.
+pub(crate) const INTERRUPT_DISABLE: u16 = 1 << 10;
+/// The lower byte of the status register, and its bit for a pin that would be asserted.
+pub(crate) const STATUS: usize = 0x06;
+pub(crate) const STATUS_INTERRUPT: u8 = 1 << 3;
+
 const COMMAND: usize = 0x04;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const BAR0: usize = 0x10;
 const CAPABILITIES: usize = 0x34;
+const INTERRUPT_PIN: usize = 0x3d;
+/// INTA#.
+const PIN_A: u8 = 1;
 const FIRST_CAPABILITY: usize = 0x40;
 
 /// What a function says it is.
@@ -48,6 +57,7 @@ impl ConfigSpace {
         space.put(0x0e, &[if identity.multifunction { 0x80 } else { 0 }]);
         space.put(0x2c, &identity.vendor.to_le_bytes());
         space.put(0x2e, &identity.subsystem.to_le_bytes());
+        space.put(INTERRUPT_PIN, &[PIN_A]);
         // Memory space, bus master, interrupt disable; cache line size and interrupt line are
         // scratch registers.
         space.allow(COMMAND, &[0x06, 0x04]);
@@ -82,6 +92,11 @@ impl ConfigSpace {
         (on && address != 0).then_some(u64::from(address))
     }
 
+    /// Whether the function may assert its interrupt pin.
+    pub(crate) fn allows_pin(&self) -> bool {
+        self.command() & INTERRUPT_DISABLE == 0
+    }
+
     fn command(&self) -> u16 {
         u16::from_le_bytes([self.bytes[COMMAND], self.bytes[COMMAND + 1]])
     }
@@ -100,7 +115,7 @@ impl ConfigSpace {
         self.put(at, &[id, 0]);
         self.put(at.saturating_add(2), body);
         self.allow(at.saturating_add(2), writable);
-        self.bytes[0x06] |= STATUS_CAPABILITIES;
+        self.bytes[STATUS] |= STATUS_CAPABILITIES;
         self.link = at.saturating_add(1);
         self.next = at.saturating_add(body.len()).saturating_add(2).next_multiple_of(4);
         at

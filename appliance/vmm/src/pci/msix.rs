@@ -81,12 +81,19 @@ impl Msix {
         *self.locked() = saved;
     }
 
+    pub(crate) fn is_enabled(&self) -> bool {
+        self.locked().enabled
+    }
+
     /// Raises `vector`, now or as soon as it is unmasked. One that does not exist (0xffff
-    /// stands for none) raises nothing.
-    pub(crate) fn raise(&self, vector: u16) {
+    /// stands for none) raises nothing. `false` if the function has to use its pin instead.
+    pub(crate) fn raise(&self, vector: u16) -> bool {
         let mut state = self.locked();
-        let open = state.enabled && !state.masked;
-        let Some(entry) = state.entries.get_mut(usize::from(vector)) else { return };
+        if !state.enabled {
+            return false;
+        }
+        let open = !state.masked;
+        let Some(entry) = state.entries.get_mut(usize::from(vector)) else { return true };
         if open && !entry.masked {
             let (address, data) = (entry.address, entry.data);
             drop(state);
@@ -94,6 +101,7 @@ impl Msix {
         } else {
             entry.pending = true;
         }
+        true
     }
 
     /// Sends what was held back and is not masked any more.
@@ -194,8 +202,9 @@ pub(crate) mod tests {
         let msix = Msix::new(2, Arc::clone(&sent) as Arc<dyn MessageSink>);
         msix.write_table(16, &0xfee0_1000_u64.to_le_bytes());
         msix.write_table(24, &[0x41, 0, 0, 0]);
-        msix.raise(1);
+        assert!(!msix.raise(1));
         msix.control(ENABLE);
+        assert!(msix.raise(1));
         assert!(sent.0.lock().unwrap().is_empty());
         let mut pending = [0; 8];
         msix.read_pending(0, &mut pending);

@@ -2,18 +2,21 @@
 //! Devices without a guest: a driver in the test plays by the rules, or does not.
 
 mod hostile;
+mod pin;
 mod state;
 
 use super::blk::{Blk, Presentation};
 use super::console::{Console, Port};
 use super::rng::Rng;
-use super::transport::{Doorbells, Function};
+use super::transport::{Doorbells, Function, Wires};
 use super::worker::Spawner;
 use super::{F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, VirtioDevice, status};
 use crate::memory::{Backing, Memory};
 use crate::pci::Address;
 use crate::pci::msix::MessageSink;
 use crate::pci::msix::tests::Sent;
+use crate::pci::pin::tests::Changes;
+use crate::pci::pin::{LineSink, Lines};
 use crate::{Result, pci};
 use proptest::prelude::*;
 use std::io::{Read, Write};
@@ -102,6 +105,8 @@ struct Driver {
     function: Function,
     memory: Memory,
     sent: Arc<Sent>,
+    /// How the interrupt lines changed.
+    changes: Arc<Changes>,
     features: u64,
     /// Of each queue: the next free descriptor, the next place in the available ring, how
     /// much of the used ring was seen.
@@ -110,20 +115,24 @@ struct Driver {
 
 impl Driver {
     fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::wired(device, true)
+    }
+
+    fn wired(device: Box<dyn VirtioDevice>, has_vectors: bool) -> Self {
         let memory = Memory::new(64, &Backing::Anonymous).unwrap();
         let sent = Arc::new(Sent::default());
         let queues = device.queue_sizes().iter().map(|_| (0, 0, 0)).collect();
-        let sink = Arc::clone(&sent) as Arc<dyn MessageSink>;
-        let function = Function::new(
-            device,
-            Address::of(0).unwrap(),
-            memory.ram.clone(),
-            sink,
-            Arc::new(NoDoorbells),
-            Spawner::new().unwrap(),
-        )
-        .unwrap();
-        Self { function, memory, sent, features: 0, queues }
+        let changes = Arc::new(Changes::default());
+        let address = Address::of(0).unwrap();
+        let wires = Wires {
+            messages: Arc::clone(&sent) as Arc<dyn MessageSink>,
+            has_vectors,
+            pin: Lines::new(&(Arc::clone(&changes) as Arc<dyn LineSink>)).pin(address),
+            doorbells: Arc::new(NoDoorbells),
+        };
+        let (ram, spawner) = (memory.ram.clone(), Spawner::new().unwrap());
+        let function = Function::new(device, address, ram, wires, spawner).unwrap();
+        Self { function, memory, sent, changes, features: 0, queues }
     }
 
     fn get(&mut self, offset: u64, len: usize) -> u64 {
@@ -163,15 +172,9 @@ impl Driver {
             self.set(0x8000 + vector * 16, 0xfee0_0000, 8);
             self.set(0x8000 + vector * 16 + 8, vector, 8);
         }
-        let mut control = 0x70;
-        for capability in [0x40, 0x50, 0x60, 0x70, 0x84, 0x98] {
-            let mut id = [0];
-            self.function.read_config(capability, &mut id);
-            if id == [0x11] {
-                control = capability + 2;
-            }
+        if let Some(control) = self.msix_control() {
+            self.function.write_config(control, &0x8000_u16.to_le_bytes());
         }
-        self.function.write_config(control, &0x8000_u16.to_le_bytes());
         self.set(0x10, 0, 2);
         for index in 0..self.queues.len() {
             self.memory.ram.write_slice(&[0; 0x4000], GuestAddress(rings(index))).unwrap();
@@ -185,6 +188,21 @@ impl Driver {
             self.set(0x1c, 1, 2);
         }
         self.set(0x14, 15, 1);
+    }
+
+    /// Where MSI-X is switched on.
+    fn msix_control(&mut self) -> Option<usize> {
+        let mut at = [0];
+        self.function.read_config(0x34, &mut at);
+        while at != [0] {
+            let mut head = [0; 2];
+            self.function.read_config(at[0].into(), &mut head);
+            if head[0] == 0x11 {
+                return Some(usize::from(at[0]) + 2);
+            }
+            at = [head[1]];
+        }
+        None
     }
 
     fn ready(device: Box<dyn VirtioDevice>) -> Self {

@@ -11,8 +11,9 @@ use crate::Result;
 use crate::layout::BAR_SIZE;
 use crate::memory::Ram;
 use crate::pci::Address;
-use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::config::{ConfigSpace, Identity, STATUS, STATUS_INTERRUPT};
 use crate::pci::msix::{ENTRY, MessageSink, Msix};
+use crate::pci::pin::Pin;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -25,6 +26,16 @@ use vmm_sys_util::eventfd::EventFd;
 pub(crate) trait Doorbells: Debug + Send + Sync {
     fn connect(&self, address: u64, event: &EventFd) -> Result<()>;
     fn disconnect(&self, address: u64, event: &EventFd) -> Result<()>;
+}
+
+/// What leads from a function to the rest of the machine.
+#[derive(Debug)]
+pub(crate) struct Wires {
+    pub(crate) messages: Arc<dyn MessageSink>,
+    /// Whether there is MSI-X; without it the driver takes no vectors and uses the pin.
+    pub(crate) has_vectors: bool,
+    pub(crate) pin: Pin,
+    pub(crate) doorbells: Arc<dyn Doorbells>,
 }
 
 /// The parts of the BAR.
@@ -106,7 +117,8 @@ pub(crate) struct Function {
     config: ConfigSpace,
     /// Where the capability for access through configuration space is.
     window: usize,
-    msix_control: usize,
+    /// Where MSI-X is controlled, if there is MSI-X.
+    msix_control: Option<usize>,
     msix: Arc<Msix>,
     link: Arc<Link>,
     device: Box<dyn VirtioDevice>,
@@ -143,12 +155,10 @@ impl Function {
         device: Box<dyn VirtioDevice>,
         address: Address,
         ram: Ram,
-        sink: Arc<dyn MessageSink>,
-        doorbells: Arc<dyn Doorbells>,
+        wires: Wires,
         spawner: worker::Spawner,
     ) -> Result<Self> {
         let sizes = device.queue_sizes().to_vec();
-        let vectors = u16::try_from(sizes.len()).unwrap_or(0).saturating_add(1);
         let mut config = ConfigSpace::new(&Identity {
             vendor: 0x1af4,
             device: 0x1040_u16.saturating_add(device.kind()),
@@ -176,22 +186,29 @@ impl Function {
         writable[2] = 0xff; // the BAR's number
         writable[6..].fill(0xff); // offset, length, data
         let window = config.add_capability(VENDOR, &window, &writable);
-        let mut body = vectors.saturating_sub(1).to_le_bytes().to_vec();
-        for offset in [bar::TABLE, bar::PENDING] {
-            body.extend_from_slice(&u32::try_from(offset).unwrap_or(0).to_le_bytes());
-        }
-        let msix_control = config.add_capability(MSIX, &body, &[0, 0xc0]).saturating_add(2);
-        let msix = Arc::new(Msix::new(vectors, sink));
+        let vectors = if wires.has_vectors {
+            u16::try_from(sizes.len()).unwrap_or(0).saturating_add(1)
+        } else {
+            0
+        };
+        let msix_control = vectors.checked_sub(1).map(|last| {
+            let mut body = last.to_le_bytes().to_vec();
+            for offset in [bar::TABLE, bar::PENDING] {
+                body.extend_from_slice(&u32::try_from(offset).unwrap_or(0).to_le_bytes());
+            }
+            config.add_capability(MSIX, &body, &[0, 0xc0]).saturating_add(2)
+        });
+        let msix = Arc::new(Msix::new(vectors, wires.messages));
         let kicks = sizes.iter().map(|_| worker::event()).collect::<Result<_>>()?;
         Ok(Self {
             config,
             window,
             msix_control,
-            link: Arc::new(Link::new(Arc::clone(&msix), sizes.len())),
+            link: Arc::new(Link::new(Arc::clone(&msix), wires.pin, sizes.len())),
             msix,
             device,
             ram,
-            doorbells,
+            doorbells: wires.doorbells,
             spawner,
             connected: None,
             kicks,
@@ -223,13 +240,22 @@ impl Function {
             self.config.write(at, value);
         }
         self.config.read(register, data);
+        if let Some(byte) = STATUS.checked_sub(register).and_then(|at| data.get_mut(at))
+            && !self.msix.is_enabled()
+            && self.link.pin.isr() != 0
+        {
+            *byte |= STATUS_INTERRUPT;
+        }
     }
 
     pub(crate) fn write_config(&mut self, register: usize, data: &[u8]) {
         self.config.write(register, data);
-        let mut control = [0; 2];
-        self.config.read(self.msix_control, &mut control);
-        self.msix.control(u16::from_le_bytes(control));
+        if let Some(at) = self.msix_control {
+            let mut control = [0; 2];
+            self.config.read(at, &mut control);
+            self.msix.control(u16::from_le_bytes(control));
+        }
+        self.close_pin();
         if let Some((offset, len)) = self.window_access(register, data.len()) {
             let mut value = [0; 4];
             self.config.read(register, &mut value);
@@ -239,6 +265,11 @@ impl Function {
             self.disconnect();
             self.connect();
         }
+    }
+
+    /// Lets interrupts out at the pin or not, as configuration space says.
+    fn close_pin(&self) {
+        self.link.pin.close(self.msix.is_enabled() || !self.config.allows_pin());
     }
 
     /// Whether an access to configuration space is one to the BAR in disguise: its offset
@@ -265,7 +296,7 @@ impl Function {
         match offset {
             bar::ISR => {
                 if let Some(byte) = data.first_mut() {
-                    *byte = self.link.isr.swap(0, Ordering::AcqRel);
+                    *byte = self.link.pin.take();
                 }
             }
             _ if within(offset, bar::COMMON, bar::COMMON_SIZE) => {
@@ -512,7 +543,7 @@ impl Function {
         }
         self.driver_features = 0;
         self.queue_select = 0;
-        self.link.isr.store(0, Ordering::Release);
+        self.link.pin.take();
         self.link.config_vector.store(NO_VECTOR, Ordering::Release);
         for vector in &self.link.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);

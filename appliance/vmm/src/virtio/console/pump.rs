@@ -354,14 +354,20 @@ mod tests {
     use super::super::Port;
     use super::*;
     use crate::memory::{Backing, Memory};
+    use crate::pci::Address;
     use crate::pci::msix::Msix;
     use crate::pci::msix::tests::Sent;
+    use crate::pci::pin::tests::Changes;
+    use crate::pci::pin::{LineSink, Lines};
     use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_broken_device_waits_for_no_stream() {
         let memory = Memory::new(64, &Backing::Anonymous).unwrap();
-        let link = Arc::new(Link::new(Arc::new(Msix::new(1, Arc::new(Sent::default()))), 0));
+        let lines: Arc<dyn LineSink> = Arc::new(Changes::default());
+        let pin = Lines::new(&lines).pin(Address::of(0).unwrap());
+        let msix = Arc::new(Msix::new(1, Arc::new(Sent::default())));
+        let link = Arc::new(Link::new(msix, pin, 0));
         let (_near, stream) = UnixStream::pair().unwrap();
         let port = Port { name: "p".into(), stream };
         let unsent = Some(Unsent { head: 0, bytes: vec![1], done: 0 });

@@ -150,7 +150,9 @@ fn a_driver_that_never_stops_asking_is_not_listened_to_for_ever() {
     queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
     queue.set_ready(true);
     let mut active = ActiveQueue { queue, index: 0, kick: event().unwrap() };
-    let link = Link::new(Arc::new(Msix::new(1, Arc::new(Sent::default()))), 1);
+    let lines = Lines::new(&(Arc::new(Changes::default()) as Arc<dyn LineSink>));
+    let pin = lines.pin(Address::of(0).unwrap());
+    let link = Link::new(Arc::new(Msix::new(1, Arc::new(Sent::default()))), pin, 1);
     for round in 1..=3 {
         let mut asked = Asked(0);
         drain(&mut active, &driver.memory.ram, &link, &mut asked).unwrap();

@@ -77,7 +77,7 @@ impl Function {
             config: self.config.save(),
             msix: self.msix.save(),
             status: self.status(),
-            isr: self.link.isr.load(Ordering::Acquire),
+            isr: self.link.pin.isr(),
             generation: self.link.generation.load(Ordering::Acquire),
             config_vector: load(&self.link.config_vector),
             queue_vectors: self.link.queue_vectors.iter().map(load).collect(),
@@ -101,7 +101,8 @@ impl Function {
         self.device.restore(&saved.device)?;
         self.config.restore(&saved.config);
         self.msix.restore(saved.msix);
-        self.link.isr.store(saved.isr, Ordering::Release);
+        self.close_pin();
+        self.link.pin.set_isr(saved.isr);
         self.link.generation.store(saved.generation, Ordering::Release);
         self.link.config_vector.store(saved.config_vector, Ordering::Release);
         for (vector, saved) in self.link.queue_vectors.iter().zip(saved.queue_vectors) {
@@ -128,7 +129,7 @@ impl Function {
         if !self.config.fits(&saved.config) {
             return wrong("the registers of the configuration space");
         }
-        let control = saved.config.get(self.msix_control..).and_then(|tail| tail.first_chunk());
+        let control = self.msix_control.and_then(|at| saved.config.get(at..)?.first_chunk());
         let control = control.copied().map_or(0, u16::from_le_bytes);
         if !self.msix.fits(&saved.msix, control) {
             return wrong("the interrupts");
