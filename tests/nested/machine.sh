@@ -4,7 +4,7 @@
 #
 # Without arguments the tests of the appliance's API are run there and a start is measured, with
 # arguments this command. TRANSHIP_BIN is the program, the release build by default; CARRY="FROM=TO..."
-# names further files.
+# names further files, PROGRAMS further programs.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
@@ -73,6 +73,8 @@ for file in ${CARRY:-}; do entries+=("$file"); done
 export PATH=$PATH:/usr/sbin:/sbin
 programs=(sh chmod ls cat dmesg grep tail mke2fs mkfs.xfs mkfs.btrfs mkfs.vfat e2fsck xfs_repair btrfs fsck.vfat
   debugfs xz)
+read -ra further <<<"${PROGRAMS:-}"
+programs+=(${further[@]+"${further[@]}"})
 for name in "${programs[@]}"; do
   if command -v "$name" >/dev/null; then entries+=("$name"); else echo "without $name" >&2; fi
 done
