@@ -23,8 +23,11 @@ pub struct AgentSource {
     pub path: PathBuf,
 }
 
+/// Points to the kernel that was named last.
+const NAMED_POINTER: &str = "named.json";
+
 /// A kernel that the user names instead of a downloaded one.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KernelSource {
     /// A bzImage or an uncompressed ELF kernel.
     pub kernel: PathBuf,
@@ -39,7 +42,8 @@ pub struct BuildOptions {
     pub cache_dir: PathBuf,
     /// The agent.
     pub agent: AgentSource,
-    /// A kernel instead of the distribution's package.
+    /// A kernel instead of the distribution's package. It is used from then on where none is
+    /// named, until a refresh.
     pub kernel: Option<KernelSource>,
     /// Use the kernel and tools of the imported appliance. Without it they are used only when no
     /// kernel package can be had.
@@ -108,9 +112,19 @@ struct Current {
 pub fn build(options: &BuildOptions, progress: &Progress<'_>) -> Result<Appliance> {
     let cache = Cache::open(&options.cache_dir)?;
     let name = current_name(options);
-    if !options.refresh
-        && let Some(appliance) = current(&cache, &name)
-    {
+    // Relative to where somebody else starts it would be another file.
+    let absolute = |path: &Path| std::path::absolute(path).context("opening", path);
+    let named = match &options.kernel {
+        Some(KernelSource { kernel, modules }) => {
+            Some(KernelSource { kernel: absolute(kernel)?, modules: absolute(modules)? })
+        }
+        None => None,
+    };
+    let ready = || {
+        let same = named.is_none() || named == cache.read_json(NAMED_POINTER);
+        if options.refresh || !same { None } else { current(&cache, &name) }
+    };
+    if let Some(appliance) = ready() {
         return Ok(appliance);
     }
     if cfg!(not(target_arch = "x86_64")) {
@@ -118,14 +132,17 @@ pub fn build(options: &BuildOptions, progress: &Progress<'_>) -> Result<Applianc
     }
     let lock = cache.lock(progress)?;
     // Another process may have built it while this one waited.
-    if !options.refresh
-        && let Some(appliance) = current(&cache, &name)
-    {
+    if let Some(appliance) = ready() {
         return Ok(appliance);
     }
     let agent = fs::canonicalize(&options.agent.path).context("opening", &options.agent.path)?;
     let parts = parts(options, &cache, &lock, progress)?;
     let initramfs = initramfs::build(&cache, &lock, &parts.kernel, &agent, progress)?;
+    if let Some(source) = &named {
+        cache.write_json(&lock, NAMED_POINTER, source)?;
+    } else if options.refresh {
+        cache.remove(&lock, NAMED_POINTER)?;
+    }
     let info = parts.kernel.info;
     let appliance = Appliance {
         kernel: cache.artifact("kernels", &parts.kernel.key).join("vmlinux"),
@@ -150,7 +167,7 @@ pub fn build(options: &BuildOptions, progress: &Progress<'_>) -> Result<Applianc
     let mut stamps = parts.stamps;
     stamps.extend(initramfs.stamps);
     stamps.push(Stamp::of(&options.agent.path));
-    let pointers = [PACKAGE_POINTER, IMPORT_POINTER].map(|name| cache.file(name));
+    let pointers = [PACKAGE_POINTER, IMPORT_POINTER, NAMED_POINTER].map(|name| cache.file(name));
     let made = [&appliance.kernel, &appliance.initramfs, &appliance.tools];
     stamps.extend(pointers.iter().chain(made).map(|path| Stamp::of(path)));
     let current = Current { builder: BUILDER_VERSION, stamps, appliance };
@@ -187,8 +204,17 @@ fn parts(
         });
     }
     let mut stamps = Vec::new();
-    let kernel = if let Some(source) = &options.kernel {
-        let path = |path: &Path| fs::canonicalize(path).context("opening", path);
+    let named = options.kernel.clone();
+    let named = named.or_else(|| cache.read_json(NAMED_POINTER).filter(|_| !options.refresh));
+    let kernel = if let Some(source) = &named {
+        let path = |path: &Path| {
+            fs::canonicalize(path).context("opening", path).map_err(|error| {
+                error.remedy(
+                    "name an existing kernel with --kernel and --modules, or go back to the \
+                     distribution's package with `tranship appliance build --refresh`",
+                )
+            })
+        };
         let (file, modules) = (path(&source.kernel)?, path(&source.modules)?);
         stamps.extend(kernel::stamps(&file, &modules));
         kernel::from_files(cache, lock, &file, &modules, progress)?

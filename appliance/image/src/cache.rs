@@ -190,6 +190,17 @@ impl Cache {
         serde_json::from_slice(&fs::read(self.file(name)).ok()?).ok()
     }
 
+    /// Removes a file directly in the cache directory, if it is there.
+    pub(crate) fn remove(&self, _lock: &Lock, name: &str) -> Result<()> {
+        let path = self.file(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).context("removing", &path)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Replaces a JSON file as a whole.
     pub(crate) fn write_json<T: Serialize>(
         &self,

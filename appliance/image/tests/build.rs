@@ -133,6 +133,39 @@ fn only_what_changed_is_made_again() {
 }
 
 #[test]
+fn the_kernel_that_was_named_last_is_used_from_then_on() {
+    let mut place = Place::new();
+    let Some((first, _)) = place.build() else { return };
+    let named = place.options.kernel.take();
+    assert_eq!(place.build().unwrap().0.kernel, first.kernel);
+
+    let mut other = named.clone().unwrap();
+    let bytes = fs::read(&other.kernel).unwrap();
+    other.kernel = place.path("other");
+    fs::write(&other.kernel, [bytes.as_slice(), b"more"].concat()).unwrap();
+    place.options.kernel = Some(other.clone());
+    let second = place.build().unwrap().0;
+    assert_ne!(second.kernel, first.kernel);
+    place.options.kernel = None;
+    assert_eq!(place.build().unwrap().0.kernel, second.kernel);
+
+    // One that is in the cache already.
+    place.options.kernel = named;
+    place.build().unwrap();
+    place.options.kernel = None;
+    assert_eq!(place.build().unwrap().0.kernel, first.kernel);
+
+    // And one that went away.
+    place.options.kernel = Some(other.clone());
+    place.build().unwrap();
+    place.options.kernel = None;
+    fs::remove_file(&other.kernel).unwrap();
+    let error = build(&place.options, &|_| ()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    assert!(error.what_helps().unwrap().contains("--refresh"));
+}
+
+#[test]
 fn of_two_builds_at_once_one_works() {
     let place = Place::new();
     if place.build().is_none() {

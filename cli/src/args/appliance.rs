@@ -50,7 +50,7 @@ pub(crate) struct ProbeArgs {
 /// Options of `appliance build`.
 #[derive(Debug, Args)]
 pub(crate) struct BuildArgs {
-    /// A kernel instead of the distribution's package
+    /// A kernel instead of the distribution's package, from now on until --refresh
     #[arg(long, value_name = "FILE", requires = "modules")]
     pub(crate) kernel: Option<PathBuf>,
     /// The folder with that kernel's modules, such as /lib/modules/6.1.0-40-amd64
