@@ -48,11 +48,16 @@ fn note(stages: &mut Vec<(String, u64)>, name: &str) {
     stages.push((name.to_owned(), micros));
 }
 
-/// Address and size of the kernel's notes, which it prints as two hexadecimal numbers.
+/// Address and size of the kernel's notes.
 fn vmcoreinfo() -> Option<(u64, u64)> {
-    let text = fs::read_to_string("/sys/kernel/vmcoreinfo").ok()?;
-    let mut numbers = text.split_whitespace().map(|word| u64::from_str_radix(word, 16).ok());
-    Some((numbers.next()??, numbers.next()??))
+    address_and_size(&fs::read_to_string("/sys/kernel/vmcoreinfo").ok()?)
+}
+
+/// Two hexadecimal numbers, of which the kernel gives the first one a prefix.
+fn address_and_size(text: &str) -> Option<(u64, u64)> {
+    let number = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
+    let (address, size) = text.trim().split_once(' ')?;
+    Some((number(address)?, number(size)?))
 }
 
 /// Opens the virtio-serial port called `name`, which the driver may still be announcing.
@@ -108,5 +113,22 @@ pub(crate) fn power_off() -> ! {
     let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
     loop {
         std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_says_where_its_notes_are() {
+        for (text, expected) in [
+            ("0x000000002a12a000 1024\n", Some((0x2a12_a000, 0x1024))),
+            ("2a12a000 1000\n", Some((0x2a12_a000, 0x1000))),
+            ("0x2a12a000\n", None),
+            ("somewhere 1024\n", None),
+        ] {
+            assert_eq!(address_and_size(text), expected, "{text}");
+        }
     }
 }
