@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
 # machine.sh [COMMAND...]: the appliance in our own monitor, where KVM works: in a nested machine.
 #
-# Without arguments the tests of the appliance's API are run there and a start is measured, with
+# Without arguments the tests of the appliance are run there and a start is measured, with
 # arguments this command. TRANSHIP_BIN is the program, the release build by default; CARRY="FROM=TO..."
 # names further files, PROGRAMS further programs.
 set -euo pipefail
@@ -24,14 +24,16 @@ for file in "${cached[@]}"; do entries+=("$work/$file=/$file"); done
 strip -o "$work/program" "$program"
 entries+=("$work/program=/usr/bin/tranship")
 if [ $# -eq 0 ]; then
-  tests=$(cargo test --quiet --package tranship-tests --no-run --test appliance --message-format=json |
-    sed -n 's/.*"executable":"\([^"]*\/appliance-[^"]*\)".*/\1/p' | tail -n 1)
-  [ -x "$tests" ] || {
-    echo "the tests of the appliance were not built" >&2
-    exit 1
-  }
-  strip -o "$work/tests" "$tests"
-  entries+=("$work/tests=/usr/bin/appliance-tests")
+  for name in appliance appliance_machine; do
+    tests=$(cargo test --quiet --package tranship-tests --no-run --test "$name" --message-format=json |
+      sed -n "s/.*\"executable\":\"\([^\"]*\/$name-[^\"]*\)\".*/\1/p" | tail -n 1)
+    [ -x "$tests" ] || {
+      echo "the tests of $name were not built" >&2
+      exit 1
+    }
+    strip -o "$work/$name" "$tests"
+    entries+=("$work/$name=/usr/bin/test-$name")
+  done
 fi
 cat >"$work/run" <<'RUN'
 #!/bin/sh
@@ -55,9 +57,9 @@ if [ $# -gt 0 ]; then
   exec "$@"
 fi
 tranship appliance bench --runs 3 || exit
-# Emulated twice over, tests beside one another would only wait for one another. The appliance is
-# built and exported outside.
-appliance-tests --test-threads=1 --skip exported --skip told_in_json || exit
+# Emulated twice over, tests beside one another would only wait for one another.
+test-appliance --test-threads=1 || exit
+test-appliance_machine --test-threads=1 || exit
 if [ -f /guest.ova ]; then
   tranship convert --quiet /guest.ova -o local -os /var/tmp -of qcow2 || exit
   tranship image check /var/tmp/guest-sda || exit
@@ -72,7 +74,7 @@ fi
 for file in ${CARRY:-}; do entries+=("$file"); done
 export PATH=$PATH:/usr/sbin:/sbin
 programs=(sh chmod ls cat dmesg grep tail mke2fs mkfs.xfs mkfs.btrfs mkfs.vfat e2fsck xfs_repair btrfs fsck.vfat
-  debugfs xz)
+  debugfs xz readelf mkfifo)
 read -ra further <<<"${PROGRAMS:-}"
 programs+=(${further[@]+"${further[@]}"})
 for name in "${programs[@]}"; do

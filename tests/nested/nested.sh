@@ -161,7 +161,7 @@ timeout "${LIMIT:-300}" qemu-system-x86_64 -accel tcg,thread=multi -M "$machine"
   "${device[@]}" -smp "${PROCESSORS:-1}" -m "${MEMORY:-1024}" -nodefaults -no-user-config -display none -serial stdio -no-reboot \
   -kernel "$elf" -initrd "$work/initramfs" \
   -append "console=ttyS0 quiet panic=-1 reboot=t tsc_early_khz=$khz tsc=reliable no_timer_check mitigations=off nokaslr rdinit=/init" \
-  </dev/null 2>"$work/qemu.err" | sed -u 's/\r\{1,\}$//' | tee "$work/console" || true
+  </dev/null 2>"$work/qemu.err" | sed -u 's|\r||g' | tee "$work/console" || true
 grep -v 'TCG doesn.t support' "$work/qemu.err" >&2 || true
 code=$(sed -n 's/^nested: exit \([0-9]*\)$/\1/p' "$work/console" | tail -n 1)
 echo "nested: ${code:+program ended, }whole run $((($(date +%s%N) - began) / 1000000)) ms"

@@ -227,6 +227,11 @@ impl Running {
         self.child.id()
     }
 
+    /// The file that its standard output goes to.
+    pub(crate) fn stdout(&self) -> &Path {
+        &self.stdout
+    }
+
     /// What it has printed so far on standard output.
     pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.stdout).unwrap()
