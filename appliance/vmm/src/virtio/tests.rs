@@ -3,6 +3,7 @@
 
 mod hostile;
 mod pin;
+mod rounds;
 mod state;
 
 use super::blk::{Blk, Presentation};

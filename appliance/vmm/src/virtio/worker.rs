@@ -149,6 +149,8 @@ pub(crate) fn drain(
 }
 
 /// Works on one queue until `stop`, and gives it back.
+// What a request costs is counted by this name, and it is called once for each thread.
+#[inline(never)]
 pub(crate) fn follow(
     mut active: ActiveQueue,
     ram: &Ram,
