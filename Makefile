@@ -15,7 +15,7 @@ SCRIPTS = $(shell git ls-files '*.sh' .ci/run fixtures/debian12/customize \
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: build ## Convert a VMware guest that is made here, then boot the result
@@ -48,6 +48,11 @@ bench-nbd: build ## Measure `tranship serve` and `copy` beside qemu-nbd, nbdkit 
 	@tests/setup.sh bench
 	@tests/bench/nbd/run.sh
 	@tests/bench/nbd/copy.sh
+
+.PHONY: bench-appliance
+bench-appliance: build ## Measure the appliance beside guestfish, and our monitor beside QEMU in a nested machine
+	@tests/setup.sh bench
+	@tests/bench/appliance/run.sh
 
 .PHONY: fuzz
 fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)

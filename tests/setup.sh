@@ -27,6 +27,7 @@ readonly FUZZ=(g++:g++)
 readonly CHECK=(shellcheck:shellcheck)
 readonly BENCH=(
     python3:python3 libguestfs-tools:guestfish virt-v2v:virt-v2v kmod:depmod procps:ps bc:bc
+    valgrind:valgrind binutils:strip
 )
 
 say() {
