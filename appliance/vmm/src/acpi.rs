@@ -203,6 +203,23 @@ mod tests {
     }
 
     #[test]
+    fn every_slot_has_a_route_for_its_pin() {
+        let routes = routes();
+        // The first slot's address fits into fewer bytes.
+        assert!(routes.windows(7).any(|bytes| bytes == [0x0b, 0xff, 0xff, 0, 0, 0x0a, 16]));
+        let interrupts: Vec<u8> = (1..32)
+            .map(|slot| {
+                // DWordPrefix, slot and any function; pin and source; BytePrefix, interrupt.
+                let start = [0x0c, 0xff, 0xff, slot, 0, 0, 0, 0x0a];
+                let at = routes.windows(8).position(|window| window == start).unwrap();
+                routes[at + 8]
+            })
+            .collect();
+        assert_eq!(interrupts[..9], [17, 18, 19, 20, 21, 22, 23, 16, 17]);
+        assert_eq!(interrupts[30], 23);
+    }
+
+    #[test]
     fn all_tables_are_found_and_their_sums_are_right() {
         let memory = Memory::new(64, &Backing::Anonymous).unwrap();
         let at = write(&memory.ram, 8).unwrap();
