@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0 OR MIT
 # disks.sh [COUNT...]: guests with as many disks as RHEL 5 under Xen knew, in our own monitor in a
-# nested machine: all are there in order, and what is written arrives in the right file.
+# nested machine: all are there in order, and what is written arrives in the right file. SMP=2: they
+# have two processors.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -gt 0 ] || set -- 256
@@ -27,10 +28,14 @@ fail() {
   tail -n 20 /tmp/log >&2
   exit 1
 }
+smp=$1
+shift
 for count in "$@"; do
   folder=/tmp/disks-$count
   mkdir "$folder" && cd "$folder" || exit
-  arguments= index=0 : >expected
+  arguments=
+  index=0
+  : >expected
   while [ $index -lt "$count" ]; do
     truncate -s $((1048576 + index * 4096)) "$index"
     arguments="$arguments -a $index"
@@ -43,7 +48,6 @@ for count in "$@"; do
   chosen="0 25 26 62 63 $((count / 2)) $((count - 1))"
   for index in $chosen; do
     [ "$index" -lt "$count" ] || continue
-    name "$index"
     mke2fs -q -F -t ext2 "$index" || fail "$count disks: no filesystem on $index"
     name "$index"
     cat >>commands <<COMMANDS
@@ -56,7 +60,7 @@ COMMANDS
   done
   read before rest </proc/uptime
   # shellcheck disable=SC2086 # one word each
-  tranship shell --format=raw $arguments <commands >out 2>/tmp/log || fail "$count disks: the shell failed"
+  tranship shell --smp "$smp" --format=raw $arguments <commands >out 2>/tmp/log || fail "$count disks: the shell failed"
   read after rest </proc/uptime
   grep '^/dev/sd' out >listed
   cmp expected listed || fail "$count disks: the list is another one"
@@ -73,4 +77,4 @@ COMMANDS
 done
 RUN
 chmod +x "$work/run"
-CARRY="$work/run=/run-disks ${CARRY:-}" PROGRAMS="truncate cmp mkdir rm" "$here/machine.sh" /bin/sh /run-disks "$@"
+CARRY="$work/run=/run-disks ${CARRY:-}" PROGRAMS="truncate cmp mkdir rm" "$here/machine.sh" /bin/sh /run-disks "${SMP:-1}" "$@"
