@@ -26,6 +26,7 @@ fetch() {
     -o Acquire::Languages=none)
   if [ ! -d "$apt" ]; then
     # Wherever this machine gets Debian's packages from.
+    # shellcheck disable=SC2016 # the word is for apt
     from=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
       grep '/debian/$' | sort -u | head -n 1)
     [ -n "$from" ] && [ -f "$keyring" ] || return 1
@@ -79,7 +80,7 @@ fail() {
 }
 cd /tmp || exit
 truncate -s 400M ext4 xfs btrfs
-mke2fs -q -F -t ext4 ext4 && mkfs.xfs -q xfs && mkfs.btrfs -q btrfs || exit
+mke2fs -q -F -t ext4 ext4 && mkfs.xfs -q xfs && mkfs.btrfs -q btrfs >/dev/null 2>&1 || exit
 chmod -R go-rwx /caches
 for cache in /caches/*; do
   export TRANSHIP_CACHE=$cache
