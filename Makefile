@@ -64,6 +64,12 @@ nested: setup build ## Run the KVM probe and our own monitor in a nested machine
 	@tests/nested/probe.sh
 	@TRANSHIP_TEST_FIXTURES=$$(fixtures/debian12.sh) tests/nested/machine.sh
 	@tests/nested/snapshot.sh 1 2
+	@tests/nested/user.sh
+
+.PHONY: nested-long
+nested-long: setup build ## The same with hundreds of disks and with other kernels: a quarter of an hour
+	@tests/nested/disks.sh 100 256
+	@tests/nested/kernels.sh || [ $$? = 77 ]
 
 .PHONY: setup
 setup: ## Install what building and testing need (apt; no-op if it is there)

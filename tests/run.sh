@@ -29,7 +29,7 @@ fi
 
 # A real KVM is to be had on every machine inside QEMU: the probe has to find it usable, and our own
 # monitor runs the appliance there.
-for part in probe machine 'snapshot 2'; do
+for part in probe machine 'snapshot 2' user; do
     printf '\nIn a nested machine: %s\n' "$part"
     nested=0
     # shellcheck disable=SC2086 # a script and its argument
