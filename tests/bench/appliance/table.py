@@ -101,18 +101,19 @@ def with_kvm(lines: list[list[str]]) -> None:
 
     memory = {(side, int(disks), what): int(kibibytes)
               for _, side, disks, what, kibibytes in (line for line in lines if line[0] == "memory")}
-    print(
-        "\nMemory of the machine's process beside the guest's, in KiB. Private is what nobody else\n"
-        "has; the rest are pages of files, Pss has its share of them."
-    )
-    rows = []
-    for side, disks in dict.fromkeys((side, disks) for side, disks, _ in memory):
-        def of(what: str, key: tuple[str, int] = (side, disks)) -> int:
-            return memory[(*key, what)]
-        private = of("Private_Clean") + of("Private_Dirty")
-        shown = (of("Private_Dirty"), private, of("Pss"), of("Rss"))
-        rows.append([f"{side}, {disks} disk{'s' * (disks > 1)}", *map(str, shown)])
-    table(["", "private and written", "private", "Pss", "Rss"], rows)
+    if memory:
+        print(
+            "\nMemory of the machine's process beside the guest's, in KiB. Private is what nobody else\n"
+            "has; the rest are pages of files, Pss has its share of them."
+        )
+        rows = []
+        for side, disks in dict.fromkeys((side, disks) for side, disks, _ in memory):
+            def of(what: str, key: tuple[str, int] = (side, disks)) -> int:
+                return memory[(*key, what)]
+            private = of("Private_Clean") + of("Private_Dirty")
+            shown = (of("Private_Dirty"), private, of("Pss"), of("Rss"))
+            rows.append([f"{side}, {disks} disk{'s' * (disks > 1)}", *map(str, shown)])
+        table(["", "private and written", "private", "Pss", "Rss"], rows)
 
     counted = {(side, size, what): int(value)
                for _, side, size, what, value in (line for line in lines if line[0] == "requests")}
