@@ -56,7 +56,7 @@ tranship appliance build >/dev/null 2>&1
 if [ $# -gt 0 ]; then
   exec "$@"
 fi
-tranship appliance bench --runs 3 || exit
+tranship appliance bench --runs 2 || exit
 # Emulated twice over, tests beside one another would only wait for one another.
 test-appliance --test-threads=1 || exit
 test-appliance_machine --test-threads=1 || exit
