@@ -68,6 +68,7 @@ nested: setup build ## Run the KVM probe and our own monitor in a nested machine
 
 .PHONY: nested-long
 nested-long: setup build ## The same with hundreds of disks and with other kernels: a quarter of an hour
+	@ALL=1 tests/nested/machine.sh
 	@tests/nested/disks.sh 100 256
 	@tests/nested/kernels.sh || [ $$? = 77 ]
 
