@@ -119,7 +119,7 @@ impl Launch<'_> {
             exports.extend(export);
         }
         if disks.len() > FEW_DISKS {
-            allow_more_descriptors();
+            tranship_vmm::child::allow_more_descriptors();
         }
         let limits = Limits::default();
         // Each disk is a connection, more may be plugged in, and one may be on its way out.
@@ -419,14 +419,6 @@ fn fill(mut rest: &mut [u8]) -> Result<()> {
 
 /// Disks for which the usual 1024 descriptors are plenty.
 const FEW_DISKS: usize = 64;
-
-/// Takes as many descriptors as this process may have: programs that use `select` are why there
-/// are fewer at first, and this is none of them.
-fn allow_more_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-}
 
 fn stages(hello: &Hello) -> Vec<(String, Duration)> {
     let stages = hello.stages.iter().take(64);

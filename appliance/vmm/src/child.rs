@@ -177,8 +177,9 @@ fn whole(file: File) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// As many disks as there is room for need more descriptors than a process has at first.
-fn allow_more_descriptors() {
+/// Takes as many descriptors as this process may have: hundreds of disks need more than it has at
+/// first. Programs that use `select` are why there are fewer, and this is none of them.
+pub fn allow_more_descriptors() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
