@@ -150,8 +150,8 @@ fn remove_front(buffers: &mut Vec<Buffer>, count: usize) {
     buffers.drain(..used);
 }
 
-/// The most pieces of memory that one system call fills.
-const MOST_PIECES: usize = 256;
+/// The most pieces of memory that one system call fills: what the kernel takes (`IOV_MAX`).
+const MOST_PIECES: usize = 1024;
 
 /// Fills the front of `buffers` from a file, at most `range.len` bytes and without a copy in
 /// this process, and removes what was filled. How many bytes that were, 0 at the file's end.

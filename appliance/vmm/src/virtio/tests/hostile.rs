@@ -4,6 +4,7 @@
 use super::*;
 use crate::memory::Ram;
 use crate::pci::msix::Msix;
+use crate::virtio::blk::QUEUE_SIZE;
 use crate::virtio::chain::{Broken, Chain};
 use crate::virtio::worker::{MOST_AT_ONCE, Serve, drain, event};
 use crate::virtio::{ActiveQueue, Link};
@@ -38,7 +39,7 @@ fn a_queue_has_a_size_that_the_device_offers_or_none() {
     let (_, blk) = disk(1 << 20, false);
     let mut driver = Driver::new(blk);
     driver.set(0x16, 0, 2);
-    assert_eq!(driver.get(0x18, 2), 256);
+    assert_eq!(driver.get(0x18, 2), u64::from(QUEUE_SIZE));
     for (size, sound) in [
         (0, false),
         (1, true),
@@ -48,8 +49,9 @@ fn a_queue_has_a_size_that_the_device_offers_or_none() {
         (64, true),
         (100, false),
         (256, true),
-        (257, false),
-        (512, false),
+        (512, true),
+        (513, false),
+        (1024, false),
         (0x8000, false),
         (0xffff, false),
     ] {
@@ -62,7 +64,7 @@ fn a_queue_has_a_size_that_the_device_offers_or_none() {
     // A reset gives the largest size back.
     driver.set(0x14, 0, 1);
     driver.set(0x16, 0, 2);
-    assert_eq!((driver.get(0x18, 2), driver.get(0x1c, 2)), (256, 0));
+    assert_eq!((driver.get(0x18, 2), driver.get(0x1c, 2)), (u64::from(QUEUE_SIZE), 0));
 }
 
 #[test]
@@ -119,6 +121,37 @@ fn tables_lead_nowhere_but_to_buffers() {
         assert_eq!(*store.bytes.lock().unwrap(), before, "{what}");
         driver.start(u64::MAX);
         assert_eq!(driver.request(0, 1, 512, true), 0, "after {what}");
+    }
+}
+
+#[test]
+fn a_chain_is_as_long_as_the_queue_and_no_longer() {
+    let (_, blk) = disk(1 << 20, false);
+    let mut driver = Driver::new(blk);
+    // The field that says how many buffers a request may have.
+    let most = driver.get(0x2000 + 12, 4);
+    assert_eq!(most + 2, u64::from(QUEUE_SIZE));
+    let (table, data) = (BUFFERS + 0x8000, BUFFERS + 0x10000);
+    for (segments, sound) in [(most, true), (most + 1, false)] {
+        start_with(&mut driver, QUEUE_SIZE, usual());
+        driver.put(BUFFERS, &[0; 16]);
+        driver.describe(table, BUFFERS, 16, NEXT, 1);
+        for (index, next) in (1..=segments).zip(2..) {
+            driver.describe(table + index * 16, data + index * 1024, 512, NEXT | WRITE, next);
+        }
+        driver.describe(table + (segments + 1) * 16, BUFFERS + 0x100, 1, WRITE, 0);
+        let len = u32::try_from(segments + 2).unwrap() * 16;
+        driver.descriptor(0, 0, table, len, INDIRECT, 0);
+        driver.offer(0, 0);
+        if sound {
+            assert_eq!(driver.used(0), (0, u32::try_from(segments).unwrap() * 512 + 1));
+            for index in 1..=segments {
+                let sector = u8::try_from((index - 1) % 251).unwrap();
+                assert_eq!(driver.take(data + index * 1024, 512), [sector; 512], "{index}");
+            }
+        } else {
+            driver.wait_until("a longer one", Driver::is_broken);
+        }
     }
 }
 
