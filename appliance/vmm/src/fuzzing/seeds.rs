@@ -124,21 +124,21 @@ fn overlaid() -> Vec<u8> {
 fn console(how: u8) -> Vec<u8> {
     let mut image = Image { how, ..Image::default() };
     // Room for the device's messages and for what the ports receive.
-    for queue in [2, 4, 6] {
+    for queue in [0, 2, 4] {
         for at in 0..4 {
             image.send(queue, &[(BUFFERS + queue * 0x200 + at * 0x40, 0x40, true)]);
         }
     }
-    // The device is ready, and ports 1 and 2 are ready and open.
-    for (at, (port, event)) in (0..).zip([(0_u32, 0_u16), (1, 3), (1, 6), (2, 3), (2, 6)]) {
+    // The device is ready, and both ports are ready and open.
+    for (at, (port, event)) in (0..).zip([(0_u32, 0_u16), (0, 3), (0, 6), (1, 3), (1, 6)]) {
         let message =
             [&port.to_le_bytes()[..], &event.to_le_bytes(), &1_u16.to_le_bytes()].concat();
         image.put(BUFFERS + at * 8, &message);
         image.send(3, &[(BUFFERS + at * 8, 8, false)]);
     }
     image.send(5, &[(BUFFERS, 100, false), (BUFFERS + 0x100, 28, false)]);
-    image.step(5, 0, 4, 0);
-    image.step(5, 0, 7, 0);
+    image.step(5, 0, 0, 0);
+    image.step(5, 0, 5, 0);
     image.done(true)
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Byte streams between the host and the guest under names (section 5.3, several ports).
 //!
-//! Port 0 exists for a console that nobody uses; ports from 1 on are the streams. One thread
+//! No port is a console, so that the first stream has port 0, which always exists. One thread
 //! moves all bytes: the guest's drivers wait for each other less than two threads would.
 
 mod pump;
@@ -94,8 +94,8 @@ impl Console {
                 .set_nonblocking(true)
                 .map_err(Error::system(format!("the stream of port {}", port.name)))?;
         }
-        // Two queues for each port, two for control messages; port 0 has its own.
-        let queues = ports.len().saturating_mul(2).saturating_add(4);
+        // Two queues for each port, of which there is one at least, two for control messages.
+        let queues = ports.len().max(1).saturating_mul(2).saturating_add(2);
         let ports = ports.into_iter().map(PortState::new).collect();
         let streams = Streams { ports, messages: VecDeque::new() };
         Ok(Self { sizes: vec![QUEUE_SIZE; queues], streams, worker: None })
@@ -138,7 +138,7 @@ impl VirtioDevice for Console {
     fn activate(&mut self, activation: Activation) -> Result<()> {
         let Activation { ram, features, queues, link, spawner } = activation;
         if features & MULTIPORT == 0 {
-            // Without it there is only port 0, which leads nowhere.
+            // Without it there is only port 0, and nobody says whether that is open.
             return Ok(());
         }
         let streams = std::mem::take(&mut self.streams);
@@ -191,7 +191,7 @@ impl VirtioDevice for Console {
         if own != other {
             return Err(format!("ports {other}, expected {own}"));
         }
-        for ((number, state), port) in (1..).zip(&mut self.streams.ports).zip(saved) {
+        for ((number, state), port) in (0..).zip(&mut self.streams.ports).zip(saved) {
             state.open = port.open;
             if port.ended {
                 // There is somebody again.

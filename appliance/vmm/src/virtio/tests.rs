@@ -556,13 +556,22 @@ fn entropy_is_not_zero() {
 
 #[test]
 fn ports_have_names_and_carry_bytes_both_ways() {
+    // Port 0 has the first queues, those of the others come after the control messages'.
+    for (number, queue) in [(0, 0), (1, 4)] {
+        one_port_of_two(number, queue);
+    }
+}
+
+fn one_port_of_two(number: u8, queue: usize) {
     let (mut near, far) = UnixStream::pair().unwrap();
     near.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut ports = vec![Port { name: "other".into(), stream: UnixStream::pair().unwrap().0 }];
     let port = Port { name: "org.example.0".into(), stream: far };
-    let mut driver = Driver::ready(Box::new(Console::new(vec![port]).unwrap()));
-    assert_eq!(driver.get(0x2004, 4), 2);
-    let say = |driver: &mut Driver, port: u32, event: u16, value: u16| {
-        let mut bytes = port.to_le_bytes().to_vec();
+    ports.insert(usize::from(number), port);
+    let mut driver = Driver::ready(Box::new(Console::new(ports).unwrap()));
+    assert_eq!((driver.get(0x2004, 4), driver.queues.len()), (2, 6));
+    let say = |driver: &mut Driver, event: u16, value: u16| {
+        let mut bytes = u32::from(number).to_le_bytes().to_vec();
         bytes.extend(event.to_le_bytes());
         bytes.extend(value.to_le_bytes());
         driver.put(BUFFERS, &bytes);
@@ -574,31 +583,33 @@ fn ports_have_names_and_carry_bytes_both_ways() {
         let (_, len) = driver.used(2);
         driver.take(BUFFERS + 0x2000, usize::try_from(len).unwrap())
     };
-    say(&mut driver, 0, 0, 1);
-    assert_eq!(hear(&mut driver), [1, 0, 0, 0, 1, 0, 0, 0]);
-    say(&mut driver, 1, 3, 1);
+    say(&mut driver, 0, 1);
+    for port in 0..2 {
+        assert_eq!(hear(&mut driver), [port, 0, 0, 0, 1, 0, 0, 0]);
+    }
+    say(&mut driver, 3, 1);
     assert_eq!(&hear(&mut driver)[8..], b"org.example.0");
-    assert_eq!(hear(&mut driver), [1, 0, 0, 0, 6, 0, 1, 0]);
+    assert_eq!(hear(&mut driver), [number, 0, 0, 0, 6, 0, 1, 0]);
     // What the host says before the guest has opened the port waits.
     near.write_all(b"hello").unwrap();
-    say(&mut driver, 1, 6, 1);
-    driver.send(4, &[(BUFFERS + 0x3000, 3, true)]);
-    assert_eq!(driver.used(4).1, 3);
-    driver.send(4, &[(BUFFERS + 0x3100, 64, true)]);
-    assert_eq!(driver.used(4).1, 2);
+    say(&mut driver, 6, 1);
+    driver.send(queue, &[(BUFFERS + 0x3000, 3, true)]);
+    assert_eq!(driver.used(queue).1, 3);
+    driver.send(queue, &[(BUFFERS + 0x3100, 64, true)]);
+    assert_eq!(driver.used(queue).1, 2);
     assert_eq!(driver.take(BUFFERS + 0x3000, 3), b"hel");
     assert_eq!(driver.take(BUFFERS + 0x3100, 2), b"lo");
     driver.put(BUFFERS + 0x4000, b"answer");
-    driver.send(5, &[(BUFFERS + 0x4000, 2, false), (BUFFERS + 0x4002, 4, false)]);
-    driver.used(5);
+    driver.send(queue + 1, &[(BUFFERS + 0x4000, 2, false), (BUFFERS + 0x4002, 4, false)]);
+    driver.used(queue + 1);
     let mut answer = [0; 6];
     near.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"answer");
     // Hanging up reaches the guest, and the other way round.
     near.shutdown(std::net::Shutdown::Write).unwrap();
-    driver.send(4, &[(BUFFERS + 0x3000, 64, true)]);
-    assert_eq!(hear(&mut driver), [1, 0, 0, 0, 6, 0, 0, 0]);
-    say(&mut driver, 1, 6, 0);
+    driver.send(queue, &[(BUFFERS + 0x3000, 64, true)]);
+    assert_eq!(hear(&mut driver), [number, 0, 0, 0, 6, 0, 0, 0]);
+    say(&mut driver, 6, 0);
     assert_eq!(near.read(&mut [0; 1]).unwrap(), 0);
     assert!(!driver.is_broken());
 }
@@ -611,7 +622,7 @@ fn a_stream_that_takes_nothing_holds_only_its_own_port() {
     let mut sent: u64 = 0;
     // The socket's buffer fills, and the rest waits in the guest's memory.
     for _ in 0..u64::from(SIZE) / 2 {
-        driver.send(5, &[(BUFFERS, 32 << 10, false)]);
+        driver.send(1, &[(BUFFERS, 32 << 10, false)]);
         sent += 32 << 10;
     }
     driver.put(BUFFERS + 0x10_0000, &[0, 0, 0, 0, 0, 0, 1, 0]);
@@ -622,7 +633,7 @@ fn a_stream_that_takes_nothing_holds_only_its_own_port() {
         std::io::copy(&mut (&mut near).take(sent), &mut std::io::sink()).unwrap()
     });
     for _ in 0..u64::from(SIZE) / 2 {
-        driver.used(5);
+        driver.used(1);
     }
     assert_eq!(reader.join().unwrap(), sent);
 }

@@ -130,7 +130,7 @@ impl Pump {
 
     /// Whether the guest has buffers for what a port receives.
     fn has_room(&self, port: usize) -> bool {
-        let index = receive_queue(port.saturating_add(1));
+        let index = receive_queue(port);
         let Some(Some(active)) = self.queues.get(index) else { return false };
         let queue = &active.queue;
         let at = vm_memory::GuestAddress(queue.avail_ring());
@@ -200,20 +200,18 @@ impl Pump {
         let mut say = Vec::new();
         match event {
             event::DEVICE_READY if value == 1 => {
-                for port in 1..=self.ports.len() {
+                for port in 0..self.ports.len() {
                     say.push(message(port, event::DEVICE_ADD, 0, ""));
                 }
             }
             event::PORT_READY if value == 1 => {
-                let port = number.checked_sub(1).and_then(|index| self.ports.get(index));
-                if let Some(state) = port {
+                if let Some(state) = self.ports.get(number) {
                     say.push(message(number, event::PORT_NAME, 1, &state.port.name));
                     say.push(hang_up(number, false));
                 }
             }
             event::PORT_OPEN => {
-                let port = number.checked_sub(1).and_then(|index| self.ports.get_mut(index));
-                if let Some(state) = port {
+                if let Some(state) = self.ports.get_mut(number) {
                     state.open = value == 1;
                     if !state.open {
                         // Whoever speaks with the guest learns that there is nobody any more.
@@ -242,7 +240,7 @@ impl Pump {
 
     /// From the guest to the stream.
     fn transmit(&mut self, port: usize) -> Result<(), Broken> {
-        let queue = receive_queue(port.saturating_add(1)).saturating_add(1);
+        let queue = receive_queue(port).saturating_add(1);
         for _ in 0..MOST_AT_ONCE {
             let unsent = if let Some(unsent) =
                 self.ports.get_mut(port).and_then(|state| state.unsent.take())
@@ -290,7 +288,7 @@ impl Pump {
 
     /// From the stream to the guest.
     fn receive(&mut self, port: usize) -> Result<(), Broken> {
-        let queue = receive_queue(port.saturating_add(1));
+        let queue = receive_queue(port);
         loop {
             let ready = self.ports.get(port).is_some_and(|state| state.open && !state.ended);
             if !ready || !self.has_room(port) {
@@ -316,7 +314,7 @@ impl Pump {
             let count = match state.port.stream.read(buffer) {
                 Ok(0) => {
                     state.ended = true;
-                    self.messages.push_back(hang_up(port.saturating_add(1), true));
+                    self.messages.push_back(hang_up(port, true));
                     0
                 }
                 Ok(count) => count,

@@ -113,12 +113,19 @@ fn a_broken_device_is_not_saved() {
     save(&mut driver).unwrap();
 }
 
-/// A console whose one port the guest has opened.
-fn opened() -> (Driver, UnixStream) {
+/// A console with port "a" and one before it that nobody uses, and the far end of the stream.
+fn two_ports() -> (Box<Console>, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
     near.set_read_timeout(Some(PATIENCE)).unwrap();
-    let port = Port { name: "a".into(), stream: far };
-    let mut driver = Driver::ready(Box::new(Console::new(vec![port]).unwrap()));
+    let port = |name: &str, stream| Port { name: name.into(), stream };
+    let ports = vec![port("unused", UnixStream::pair().unwrap().0), port("a", far)];
+    (Box::new(Console::new(ports).unwrap()), near)
+}
+
+/// The same whose port "a" the guest has opened.
+fn opened() -> (Driver, UnixStream) {
+    let (console, near) = two_ports();
+    let mut driver = Driver::ready(console);
     driver.put(BUFFERS, &[1, 0, 0, 0, 6, 0, 1, 0]);
     driver.send(3, &[(BUFFERS, 8, false)]);
     driver.used(3);
@@ -143,10 +150,8 @@ fn ports_stay_open_over_a_snapshot() {
     converse(&mut driver, &mut near, *b"here");
     save(&mut driver).unwrap();
     converse(&mut driver, &mut near, *b"on  ");
-    let (mut other_near, far) = UnixStream::pair().unwrap();
-    other_near.set_read_timeout(Some(PATIENCE)).unwrap();
-    let port = Port { name: "a".into(), stream: far };
-    let mut other = moved(&mut driver, Box::new(Console::new(vec![port]).unwrap()));
+    let (console, mut other_near) = two_ports();
+    let mut other = moved(&mut driver, console);
     converse(&mut other, &mut other_near, *b"away");
     driver.function.resume();
     converse(&mut driver, &mut near, *b"here");
@@ -190,9 +195,8 @@ fn a_port_that_had_hung_up_is_there_again() {
     driver.send(2, &[(BUFFERS + 0x2000, 64, true)]);
     driver.used(2);
     assert_eq!(driver.take(BUFFERS + 0x2000, 8), [1, 0, 0, 0, 6, 0, 0, 0]);
-    let (mut other_near, far) = UnixStream::pair().unwrap();
-    let port = Port { name: "a".into(), stream: far };
-    let mut other = moved(&mut driver, Box::new(Console::new(vec![port]).unwrap()));
+    let (console, mut other_near) = two_ports();
+    let mut other = moved(&mut driver, console);
     other.send(2, &[(BUFFERS + 0x2000, 64, true)]);
     other.used(2);
     assert_eq!(other.take(BUFFERS + 0x2000, 8), [1, 0, 0, 0, 6, 0, 1, 0]);
