@@ -4,10 +4,12 @@
 use crate::layout::{GDT, PAGE_TABLES, ZERO_PAGE};
 use crate::memory::Ram;
 use crate::{Error, Result};
-use kvm_bindings::{CpuId, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, KVMIO, kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use tranship_kvm::flat_segment;
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 
 /// Flat segments for 64-bit code and data; the boot protocol wants them at 0x10 and 0x18.
 const SEGMENTS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
@@ -135,9 +137,22 @@ const LVT_LINT1: usize = 0x360;
 const DELIVERY_EXTINT: u32 = 0x700;
 const DELIVERY_NMI: u32 = 0x400;
 
+ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+
+/// Leaves the processor one bank of machine-check registers. KVM gives it 32, to each of which a
+/// kernel writes three times, and a kernel that finds none, or is told not to look, complains.
+fn allow_one_bank(vcpu: &VcpuFd) {
+    let capability = 1_u64;
+    // SAFETY: the descriptor is a processor's, and the number is only read.
+    if unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &capability) } != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "banks for machine checks");
+    }
+}
+
 /// What every processor gets: its identification, floating point and interrupt wiring.
 pub(crate) fn prepare(vcpu: &VcpuFd, identification: &CpuId) -> Result<()> {
     vcpu.set_cpuid2(identification).map_err(Error::kvm("setting processor features"))?;
+    allow_one_bank(vcpu);
     let mut fpu = vcpu.get_fpu().map_err(Error::kvm("reading the floating-point unit"))?;
     fpu.fcw = 0x37f;
     fpu.mxcsr = 0x1f80;
