@@ -7,7 +7,7 @@
 
 use crate::layout::{
     ACPI, ACPI_END, BAR_WINDOW, BAR_WINDOW_SIZE, BUSES, ECAM, ECAM_BUS, IOAPIC, LOCAL_APIC,
-    PCI_ADDRESS, RESET, RESET_VALUE, SERIAL, SERIAL_INTERRUPT, SLEEP_CONTROL, SLEEP_STATUS,
+    PCI_SEGMENT, RESET, RESET_VALUE, SERIAL, SERIAL_INTERRUPT, SLEEP_CONTROL, SLEEP_STATUS,
 };
 use crate::memory::Ram;
 use crate::pci::pin::interrupt_of;
@@ -42,11 +42,10 @@ fn bridge(bus: u8) -> Vec<u8> {
     let compatible = aml::EISAName::new("PNP0A03");
     let hid = aml::Name::new("_HID".into(), &id);
     let cid = aml::Name::new("_CID".into(), &compatible);
-    let segment = aml::Name::new("_SEG".into(), &aml::ZERO);
+    let segment = aml::Name::new("_SEG".into(), &PCI_SEGMENT);
     let base = aml::Name::new("_BBN".into(), &bus);
     let uid = aml::Name::new("_UID".into(), &bus);
     let numbers = aml::AddressSpace::new_bus_number(u16::from(bus), u16::from(bus));
-    let mechanism = aml::IO::new(PCI_ADDRESS, PCI_ADDRESS, 1, 8);
     let memory = aml::AddressSpace::new_memory(
         aml::AddressSpaceCacheable::NotCacheable,
         true,
@@ -54,11 +53,7 @@ fn bridge(bus: u8) -> Vec<u8> {
         last,
         None,
     );
-    let mut resources: Vec<&dyn Aml> = vec![&numbers, &memory];
-    if bus == 0 {
-        resources.push(&mechanism);
-    }
-    let template = aml::ResourceTemplate::new(resources);
+    let template = aml::ResourceTemplate::new(vec![&numbers, &memory]);
     let resources = aml::Name::new("_CRS".into(), &template);
     let routes = Done(routes());
     let routing = aml::Name::new("_PRT".into(), &routes);
@@ -158,7 +153,7 @@ fn madt(processors: u8) -> Vec<u8> {
 
 fn mcfg() -> Vec<u8> {
     let mut table = MCFG::new(OEM, TABLE, REVISION);
-    table.add_ecam(ECAM, 0, 0, BUSES.saturating_sub(1));
+    table.add_ecam(ECAM, PCI_SEGMENT, 0, BUSES.saturating_sub(1));
     bytes_of(&table)
 }
 
@@ -246,5 +241,17 @@ mod tests {
             .map(|table| String::from_utf8_lossy(&table[..4]).into_owned())
             .collect();
         assert_eq!(names, ["FACP", "APIC", "MCFG"]);
+    }
+
+    #[test]
+    fn both_buses_are_in_the_segment_that_memory_leads_to() {
+        let table = mcfg();
+        // After head and reserved bytes: address, segment, first and last bus.
+        assert_eq!(table[44..52], ECAM.to_le_bytes());
+        assert_eq!(table[52..56], [1, 0, 0, 1]);
+        let dsdt = dsdt();
+        // Name, OneOp.
+        let found = dsdt.as_slice().windows(5).filter(|bytes| bytes == b"_SEG\x01");
+        assert_eq!(found.count(), 2);
     }
 }

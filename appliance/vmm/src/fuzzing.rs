@@ -271,7 +271,7 @@ pub fn board(input: &[u8]) {
         let mut space = [0; 8];
         let space = &mut space[..step.len];
         // Device number and register share the 16 bits; ports have the few that do something.
-        let config = ECAM + ((step.at >> 12 & 7) << 15 | step.at & 0xfff);
+        let config = ECAM + (step.at & 0x7fff);
         let register = BAR_WINDOW
             + (step.at >> 14) * BAR_SIZE
             + (u64::from(step.value[7]) << 8 & 0xff00 | step.at & 0xff);

@@ -36,6 +36,8 @@ pub(crate) const KERNEL: u64 = 0x10_0000;
 /// Old kernels take an initramfs only below this address.
 pub(crate) const INITRAMFS_END: u64 = 0x7fff_f000;
 
+/// The segment of PCI's buses: not 0, which kernels reach through ports (`pci::HOST_BRIDGE`).
+pub(crate) const PCI_SEGMENT: u16 = 1;
 /// PCI buses, each a host bridge of its own: 32 slots with 8 functions each do not hold 256
 /// disks and the rest.
 pub(crate) const BUSES: u8 = 2;

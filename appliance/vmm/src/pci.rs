@@ -5,7 +5,7 @@ pub(crate) mod config;
 pub(crate) mod msix;
 pub(crate) mod pin;
 
-use crate::layout::{BAR_SIZE, BAR_WINDOW, BAR_WINDOW_SIZE, BUSES, ECAM_BUS};
+use crate::layout::{BAR_SIZE, BAR_WINDOW, BAR_WINDOW_SIZE, BUSES, ECAM_BUS, PCI_SEGMENT};
 use crate::virtio::transport::Function;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,25 +20,17 @@ pub(crate) struct Address {
     pub(crate) devfn: u8,
 }
 
-/// Slots of a bus, and those of the first bus without the host bridge's.
-const SLOTS: usize = 32;
-const FIRST_BUS_SLOTS: usize = SLOTS - 1;
-const FUNCTIONS: usize = 8;
+/// Functions of a bus: 32 slots with 8 each.
+const FUNCTIONS: usize = 256;
 /// How many devices there can be.
-pub(crate) const MOST_DEVICES: usize = (FIRST_BUS_SLOTS + SLOTS) * FUNCTIONS;
+pub(crate) const MOST_DEVICES: usize = FUNCTIONS * BUSES as usize;
 
 impl Address {
-    /// The place of device number `index`: first a slot for each, then further functions.
+    /// The place of device number `index`: all functions of a slot, then the next slot. A kernel
+    /// that finds a device in a slot looks for further functions there, each time.
     pub(crate) fn of(index: usize) -> Option<Self> {
-        let first = FIRST_BUS_SLOTS * FUNCTIONS;
-        let (bus, slot, function) = if index < first {
-            (0, 1 + index % FIRST_BUS_SLOTS, index / FIRST_BUS_SLOTS)
-        } else {
-            let rest = index - first;
-            (1, rest % SLOTS, rest / SLOTS)
-        };
-        (index < MOST_DEVICES).then_some(())?;
-        Some(Self { bus, devfn: u8::try_from(slot << 3 | function).ok()? })
+        let bus = u8::try_from(index / FUNCTIONS).ok().filter(|bus| *bus < BUSES)?;
+        Some(Self { bus, devfn: u8::try_from(index % FUNCTIONS).ok()? })
     }
 
     /// Where the function's BAR is before anybody moves it.
@@ -62,24 +54,20 @@ impl Address {
         let devfn = u8::try_from(offset >> 12 & 0xff).ok()?;
         Some((Self { bus, devfn }, usize::try_from(offset & 0xfff).ok()?))
     }
-
-    /// From the address port of configuration mechanism 1.
-    fn from_port(address: u32) -> Option<(Self, usize)> {
-        if address >> 31 == 0 {
-            return None;
-        }
-        let [register, devfn, bus, _] = address.to_le_bytes();
-        (bus < BUSES).then_some((Self { bus, devfn }, usize::from(register & 0xfc)))
-    }
 }
 
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:02x}:{:02x}.{}", self.bus, self.devfn >> 3, self.devfn & 7)
+        let (slot, function) = (self.devfn >> 3, self.devfn & 7);
+        write!(f, "{PCI_SEGMENT:04x}:{:02x}:{slot:02x}.{function}", self.bus)
     }
 }
 
-/// Intel's 82441: a host bridge that no driver wants.
+/// Intel's 82441, a host bridge that no driver wants: all that configuration mechanism 1 leads to.
+///
+/// The ports reach segment 0 alone, and the devices are in segment 1, where a register takes one
+/// exit and not two. Without ports that work a kernel finds no configuration space at first, and
+/// says so on the console.
 const HOST_BRIDGE: [u8; 16] = [0x86, 0x80, 0x37, 0x12, 0, 0, 0, 0, 0, 0, 0, 0x06, 0, 0, 0, 0];
 
 type Shared = Arc<Mutex<Function>>;
@@ -125,35 +113,22 @@ impl Pci {
         functions.get(&address).cloned()
     }
 
-    fn read_config(&self, place: Option<(Address, usize)>, data: &mut [u8]) {
+    /// The guest reads the memory-mapped configuration space.
+    pub(crate) fn read_ecam(&self, offset: u64, data: &mut [u8]) {
         // What is not there reads as ones.
         data.fill(0xff);
-        let Some((address, register)) = place else { return };
-        if (address.bus, address.devfn) == (0, 0) {
-            for (index, byte) in data.iter_mut().enumerate() {
-                let at = register.saturating_add(index);
-                *byte = HOST_BRIDGE.get(at).copied().unwrap_or(0);
-            }
-        } else if let Some(function) = self.get(address) {
+        let Some((address, register)) = Address::from_ecam(offset) else { return };
+        if let Some(function) = self.get(address) {
             lock(&function).read_config(register, data);
         }
     }
 
-    fn write_config(&self, place: Option<(Address, usize)>, data: &[u8]) {
-        let Some((address, register)) = place else { return };
+    /// The guest writes to it.
+    pub(crate) fn write_ecam(&self, offset: u64, data: &[u8]) {
+        let Some((address, register)) = Address::from_ecam(offset) else { return };
         if let Some(function) = self.get(address) {
             lock(&function).write_config(register, data);
         }
-    }
-
-    /// The guest reads the memory-mapped configuration space.
-    pub(crate) fn read_ecam(&self, offset: u64, data: &mut [u8]) {
-        self.read_config(Address::from_ecam(offset), data);
-    }
-
-    /// The guest writes to it.
-    pub(crate) fn write_ecam(&self, offset: u64, data: &[u8]) {
-        self.write_config(Address::from_ecam(offset), data);
     }
 
     /// For a snapshot: what the address port holds.
@@ -187,19 +162,15 @@ impl Pci {
 
     /// The guest reads the data port, `within` bytes into it.
     pub(crate) fn read_data(&self, within: u16, data: &mut [u8]) {
-        let place = self.port_place(within);
-        self.read_config(place, data);
-    }
-
-    /// The guest writes to the data port.
-    pub(crate) fn write_data(&self, within: u16, data: &[u8]) {
-        let place = self.port_place(within);
-        self.write_config(place, data);
-    }
-
-    fn port_place(&self, within: u16) -> Option<(Address, usize)> {
-        let (address, register) = Address::from_port(*self.port())?;
-        Some((address, register.saturating_add(usize::from(within))))
+        data.fill(0xff);
+        let address = *self.port();
+        // Enabled, bus 0, slot 0, function 0.
+        if address & 0x80ff_ff00 == 0x8000_0000 {
+            let register = usize::from(address.to_le_bytes()[0] & 0xfc);
+            for (byte, at) in data.iter_mut().zip(register.saturating_add(within.into())..) {
+                *byte = HOST_BRIDGE.get(at).copied().unwrap_or(0);
+            }
+        }
     }
 
     /// The device that answers at `at`, and the offset into its BAR.
@@ -253,15 +224,16 @@ mod tests {
             .map(|place| (place.bus, place.devfn, place.bar()))
             .collect();
         assert_eq!(places.len(), MOST_DEVICES);
-        assert!(places.iter().all(|(bus, devfn, bar)| (*bus, *devfn) != (0, 0) && *bar != 0));
+        assert!(places.iter().all(|(_, _, bar)| *bar != 0));
         assert_eq!(Address::of(MOST_DEVICES), None);
         for place in (0..MOST_DEVICES).filter_map(Address::of) {
             assert_eq!(Address::from_bar(u64::from(place.bar()) + BAR_SIZE - 1), Some(place));
         }
         assert_eq!(Address::from_bar(BAR_WINDOW - 1), None);
         assert_eq!(Address::from_bar(BAR_WINDOW + BAR_WINDOW_SIZE * 2), None);
-        assert_eq!(Address::of(0).unwrap().to_string(), "00:01.0");
-        assert_eq!(Address::of(32).unwrap().to_string(), "00:02.1");
+        assert_eq!(Address::of(0).unwrap().to_string(), "0001:00:00.0");
+        assert_eq!(Address::of(9).unwrap().to_string(), "0001:00:01.1");
+        assert_eq!(Address::of(256).unwrap().to_string(), "0001:01:00.0");
     }
 
     #[test]
@@ -270,9 +242,20 @@ mod tests {
         let mut data = [0; 4];
         pci.read_ecam(1 << 15, &mut data);
         assert_eq!(data, [0xff; 4]);
-        pci.write_address(&0x8000_0000_u32.to_le_bytes());
-        pci.read_data(0, &mut data);
-        assert_eq!(data, [0x86, 0x80, 0x37, 0x12]);
+        // The ports lead to a host bridge and to nothing else.
+        for (address, within, expected) in [
+            (0x8000_0000_u32, 0, [0x86, 0x80, 0x37, 0x12]),
+            (0x8000_0008, 2, [0, 6, 0, 0]),
+            (0x8000_00fc, 3, [0; 4]),
+            (0x0000_0000, 0, [0xff; 4]),
+            (0x8000_0100, 0, [0xff; 4]),
+            (0x8000_0800, 0, [0xff; 4]),
+            (0x8001_0000, 0, [0xff; 4]),
+        ] {
+            pci.write_address(&address.to_le_bytes());
+            pci.read_data(within, &mut data);
+            assert_eq!(data, expected, "{address:#x}");
+        }
         pci.read_ecam(u64::MAX, &mut data);
         assert_eq!(data, [0xff; 4]);
         assert!(!pci.read_bar(BAR_WINDOW, &mut data));

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 const MAGIC: [u8; 8] = *b"trnshvmm";
 /// Changes with every change of the state or of what it means.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 20;
 /// The most that a snapshot may be long: 8 processors with large registers and 256 disks take
 /// a fraction.

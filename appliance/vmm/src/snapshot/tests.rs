@@ -78,7 +78,7 @@ fn the_header_says_what_it_is() {
     let bytes = snapshot().to_bytes().unwrap();
     for (at, expected) in [
         (0, "it does not begin as one"),
-        (8, "version 3, expected 2"),
+        (8, "version 2, expected 3"),
         (12, "bytes of state, expected"),
         (16, "the checksum of the state is wrong"),
         (HEADER, "the checksum of the state is wrong"),

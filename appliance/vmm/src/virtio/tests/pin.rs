@@ -7,7 +7,7 @@ const ISR: u64 = 0x1000;
 const COMMAND: usize = 4;
 const STATUS: usize = 6;
 /// The first slot's line.
-const LINE: u32 = 17;
+const LINE: u32 = 16;
 
 impl Driver {
     fn changes(&self) -> Vec<(u32, bool)> {
