@@ -24,10 +24,11 @@ use tranship_vmm::child::Order;
 pub const MACHINE_NAME: &str = "tranship-machine";
 
 /// The kernel's command line. The kernel finds neither firmware nor a keyboard to ask; the
-/// machine's clock is KVM's.
+/// machine's clock is KVM's. Nor does it look for chips that need workarounds before it knows of any
+/// bus (`pci=noearly`), one port after the other.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off \
     cryptomgr.notests audit=0 8250.nr_uarts=1 random.trust_cpu=on selinux=0 no_timer_check \
-    tsc=reliable net.ifnames=0";
+    tsc=reliable net.ifnames=0 pci=noearly";
 
 /// Our monitor.
 #[derive(Clone, Debug)]
