@@ -285,23 +285,57 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// Starts an appliance and looks at its clock and its random numbers.
-fn visit(place: &Place, cache: &Path) -> Visit {
-    let mut command = place.tranship(&["appliance", "shell"]);
+/// Starts an appliance with these options for its shell, and this on its standard input: how the
+/// machine came up, and what was printed.
+fn start(place: &Place, cache: &Path, options: &[&str], lines: &str) -> (String, String) {
+    let mut command = place.tranship(&[&["appliance", "shell"], options].concat());
     let input = place.path("input");
-    fs::write(&input, "date +%s; cat /proc/sys/kernel/random/uuid\n").unwrap();
+    fs::write(&input, lines).unwrap();
     command.stdin(Stdio::from(File::open(&input).unwrap())).env("TRANSHIP_CACHE", cache);
-    let begun = seconds();
     command.env("TRANSHIP_LOG", "tranship_appliance=debug");
     let run = place.start(command).wait(APPLIANCE).ended_with(0);
-    let (clock, random) = run.stdout.trim().split_once('\n').unwrap();
-    let clock: u64 = clock.parse().unwrap();
     let (_, start) = run.stderr.split_once("times=LaunchTimes { start: ").unwrap();
+    (start.split(',').next().unwrap().to_owned(), run.stdout)
+}
+
+/// Starts an appliance and looks at its clock and its random numbers.
+fn visit(place: &Place, cache: &Path) -> Visit {
+    let begun = seconds();
+    let lines = "date +%s; cat /proc/sys/kernel/random/uuid\n";
+    let (start, printed) = start(place, cache, &[], lines);
+    let (clock, random) = printed.trim().split_once('\n').unwrap();
+    let clock: u64 = clock.parse().unwrap();
     Visit {
-        start: start.split(',').next().unwrap().to_owned(),
+        start,
         // It was read at some moment of the run.
         late: begun.saturating_sub(clock).max(clock.saturating_sub(seconds())),
         random: random.to_owned(),
+    }
+}
+
+/// Starts an appliance with eight processors and has each of them do something; how it came up.
+fn eight_processors(place: &Place, cache: &Path, options: &[&str]) -> String {
+    // On which processor a program runs that may run on one alone is the 39th word of its status.
+    let line = "grep -c ^processor /proc/cpuinfo; for number in 0 1 2 3 4 5 6 7; do \
+                taskset -c $number awk '{print $39}' /proc/self/stat; done\n";
+    let (start, printed) = start(place, cache, &[options, &["--smp", "8"]].concat(), line);
+    let printed: Vec<&str> = printed.split_whitespace().collect();
+    assert_eq!(printed, ["8", "0", "1", "2", "3", "4", "5", "6", "7"], "{start}");
+    start
+}
+
+#[test]
+fn eight_processors_boot() {
+    let Some(place) = Place::new() else { return };
+    eight_processors(&place, &cache(&place), &["--warm-start", "off"]);
+}
+
+#[test]
+fn eight_processors_come_back() {
+    let Some(place) = Place::new() else { return };
+    let cache = cache(&place);
+    for expected in ["Saved", "Warm"] {
+        assert_eq!(eight_processors(&place, &cache, &[]), expected);
     }
 }
 
