@@ -16,7 +16,7 @@ use tranship_protocol::{
 /// The kernel's words: those of our monitor, and that nothing is behind a keyboard's controller.
 const WORDS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off cryptomgr.notests \
     audit=0 8250.nr_uarts=1 i8042.noaux i8042.nokbd random.trust_cpu=on selinux=0 no_timer_check \
-    tsc=reliable net.ifnames=0";
+    tsc=reliable net.ifnames=0 pci=noearly";
 /// Far longer than any answer takes.
 const PATIENCE: Duration = Duration::from_mins(2);
 
