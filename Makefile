@@ -61,10 +61,7 @@ fuzz: setup ## Hostile input for the parsers, FUZZ_SECONDS long (default 300)
 
 .PHONY: nested
 nested: setup build ## Run the KVM probe and our own monitor in a nested machine with real (emulated) SVM
-	@tests/nested/probe.sh
-	@TRANSHIP_TEST_FIXTURES=$$(fixtures/debian12.sh) tests/nested/machine.sh
-	@tests/nested/snapshot.sh 1 2
-	@tests/nested/user.sh
+	@TRANSHIP_TEST_FIXTURES=$$(fixtures/debian12.sh) tests/nested/all.sh
 
 .PHONY: nested-long
 nested-long: setup build ## The same with hundreds of disks and with other kernels: a quarter of an hour

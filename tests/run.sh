@@ -29,15 +29,5 @@ fi
 
 # A real KVM is to be had on every machine inside QEMU: the probe has to find it usable, and our own
 # monitor runs the appliance there.
-for part in probe machine 'snapshot 2' user; do
-    printf '\nIn a nested machine: %s\n' "$part"
-    nested=0
-    # shellcheck disable=SC2086 # a script and its argument
-    "tests/nested/${part%% *}.sh" ${part#"${part%% *}"} || nested=$?
-    case $nested in
-    0) ;;
-    77) printf 'skipped: something that the nested machine needs is missing\n' ;;
-    *) status=$nested ;;
-    esac
-done
+tests/nested/all.sh || status=$?
 exit "$status"
