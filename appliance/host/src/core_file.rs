@@ -6,6 +6,7 @@
 //! `kernel/crash_core.c`); QEMU leaves it there, so it is copied to where programs look. All
 //! numbers in memory are the guest's and may be anything.
 
+use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io::{Error, Result};
 use std::os::unix::fs::FileExt;
@@ -22,6 +23,12 @@ const ENTRY: usize = 56;
 const NOTE_HEADER: usize = 12;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// In a program header (`Elf64_Phdr`): `p_offset`; `p_filesz` and `p_memsz`.
+const AT_OFFSET: u64 = 8;
+const AT_SIZES: u64 = 32;
+const PAGE: usize = 4096;
+/// Bytes that are moved at once.
+const PIECE: u64 = 1 << 20;
 
 /// A program header, as far as it matters here.
 struct Segment {
@@ -34,12 +41,14 @@ struct Segment {
 }
 
 /// Adds the kernel's note, which is at `address` of the guest's memory and has at most `size`
-/// bytes, to the notes of the core file.
+/// bytes, to the notes of the core file. All notes come before the memory then: `crash` reads none
+/// behind it. Pages of zeroes become holes.
 ///
 /// # Errors
 ///
 /// A file that is no 64-bit core file with notes, memory that it does not have, and a note that
-/// is not the kernel's; the file is as it was then, except for bytes at its end.
+/// is not the kernel's: the file is as it was then. What the operating system refuses may leave it
+/// in the middle.
 pub(crate) fn add_kernel_note(file: &File, (address, size): (u64, u64)) -> Result<()> {
     let segments = segments(file)?;
     let find = |what, is: &dyn Fn(&&Segment) -> bool| {
@@ -61,12 +70,49 @@ pub(crate) fn add_kernel_note(file: &File, (address, size): (u64, u64)) -> Resul
     let mut all = read(file, notes.offset, notes.length)?;
     all.resize(all.len().next_multiple_of(4), 0);
     all.extend_from_slice(&note);
-    let end = file.metadata()?.len().next_multiple_of(4);
-    file.write_all_at(&all, end)?;
-    let length = (all.len() as u64).to_le_bytes();
-    // Elf64_Phdr: p_offset at 8, p_filesz at 32, p_memsz at 40.
-    file.write_all_at(&end.to_le_bytes(), notes.at + 8)?;
-    file.write_all_at(&[length, length].concat(), notes.at + 32)
+    let length = all.len() as u64;
+
+    let mut loads: Vec<_> = segments.iter().filter(|segment| segment.kind == PT_LOAD).collect();
+    loads.sort_by_key(|segment| segment.offset);
+    let begin = loads.first().map_or(0, |first| first.offset);
+    let notes_at = notes.offset.min(begin);
+    let room = notes_at.checked_add(length).ok_or_else(|| odd("notes past the end"))?;
+    // A page of memory is a page of the file.
+    let by = room.max(begin).next_multiple_of(PAGE as u64) - begin;
+    // From the last to the first: nothing is written over that is still to be moved.
+    for segment in loads.iter().rev() {
+        move_up(file, segment.offset, segment.length, by)?;
+        file.write_all_at(&(segment.offset + by).to_le_bytes(), segment.at + AT_OFFSET)?;
+    }
+    file.write_all_at(&all, notes_at)?;
+    file.write_all_at(&notes_at.to_le_bytes(), notes.at + AT_OFFSET)?;
+    let length = length.to_le_bytes();
+    file.write_all_at(&[length, length].concat(), notes.at + AT_SIZES)
+}
+
+/// Moves bytes of the file up by less than a few pages, its end first.
+fn move_up(file: &File, start: u64, length: u64, by: u64) -> Result<()> {
+    let end = start.checked_add(length).and_then(|end| end.checked_add(by));
+    end.ok_or_else(|| odd("memory past the end"))?;
+    let mut left = length;
+    while left > 0 {
+        let now = left.min(PIECE);
+        left -= now;
+        let piece = read(file, start + left, now)?;
+        let mut at = start + left + by;
+        for page in piece.chunks(PAGE) {
+            let holds = page.iter().any(|byte| *byte != 0);
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            // Not every filesystem has holes.
+            if holds || fallocate(file, hole, at, page.len() as u64).is_err() {
+                file.write_all_at(page, at)?;
+            }
+            at += page.len() as u64;
+        }
+    }
+    // The last page may be a hole past the end.
+    let size = file.metadata()?.len().max(start + length + by);
+    file.set_len(size)
 }
 
 /// The program headers of a 64-bit little-endian core file.
@@ -140,6 +186,8 @@ mod tests {
     /// Where the memory begins, in the file and in the guest.
     const MEMORY: u64 = 0x200;
     const PHYSICAL: u64 = 0x10_0000;
+    /// More than is moved at once; the second half is zeroes.
+    const LENGTH: u64 = 3 << 20;
 
     fn kernels() -> Vec<u8> {
         let mut note = Vec::new();
@@ -152,9 +200,12 @@ mod tests {
         note
     }
 
-    /// A core file with a page of memory in which the note is at 0x40.
+    /// A core file with memory in which the note is at 0x40.
     fn core(note: &[u8]) -> File {
-        let mut raw = vec![0; 0x1200];
+        let mut raw = vec![0; usize::try_from(MEMORY + LENGTH).unwrap()];
+        for (number, byte) in raw.iter_mut().take(2 << 20).enumerate().skip(0x600) {
+            *byte = (number / 251) as u8;
+        }
         let mut put = |at: usize, what: &[u8]| raw[at..at + what.len()].copy_from_slice(what);
         put(0, b"\x7fELF\x02\x01\x01");
         put(16, &4_u16.to_le_bytes());
@@ -162,7 +213,7 @@ mod tests {
         put(54, &56_u16.to_le_bytes());
         put(56, &2_u16.to_le_bytes());
         for (at, kind, offset, physical, length) in
-            [(64, PT_NOTE, 0x100_u64, 0_u64, 20_u64), (120, PT_LOAD, MEMORY, PHYSICAL, 0x1000)]
+            [(64, PT_NOTE, 0x100_u64, 0_u64, 20_u64), (120, PT_LOAD, MEMORY, PHYSICAL, LENGTH)]
         {
             put(at, &kind.to_le_bytes());
             put(at + 8, &offset.to_le_bytes());
@@ -177,13 +228,17 @@ mod tests {
     }
 
     #[test]
-    fn the_note_comes_after_the_others() {
+    fn the_note_comes_after_the_others_and_before_memory() {
         let file = core(&kernels());
+        let memory = |at| read(&file, at, LENGTH).unwrap();
+        let before = memory(MEMORY);
         add_kernel_note(&file, (PHYSICAL + 0x40, 0x400)).unwrap();
         let segments = segments(&file).unwrap();
-        assert_eq!((segments[0].offset, segments[1].offset), (0x1200, MEMORY));
-        let notes = read(&file, 0x1200, segments[0].length).unwrap();
+        assert_eq!((segments[0].offset, segments[1].offset), (0x100, 0x1000));
+        let notes = read(&file, 0x100, segments[0].length).unwrap();
         assert_eq!(notes, [b"the processors' note".as_slice(), &kernels()].concat());
+        assert!(memory(0x1000) == before);
+        assert_eq!(file.metadata().unwrap().len(), 0x1000 + LENGTH);
     }
 
     #[test]
@@ -197,7 +252,7 @@ mod tests {
             (&whole, (0, 0x400)),
             (&whole, (u64::MAX, u64::MAX)),
             (&whole, (PHYSICAL + 0x40, 4)),
-            (&whole, (PHYSICAL + 0xff0, 0x40)),
+            (&whole, (PHYSICAL + LENGTH - 16, 0x40)),
             (&long, (PHYSICAL + 0x40, 0x400)),
             (&other, (PHYSICAL + 0x40, 0x400)),
         ] {
