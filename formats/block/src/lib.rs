@@ -48,7 +48,9 @@ pub use manifest::{
     Digest, HashedChunk, MANIFEST_CHUNK, ManifestHeader, ManifestReader, ManifestSummary,
     ManifestWriter, Verified, VerifyOptions, verify,
 };
-pub use measure::{LatencyClass, Measured, OperationCounter, OperationStatistics, Statistics};
+pub use measure::{
+    Counts, LatencyClass, Measured, OperationCounter, OperationStatistics, Statistics,
+};
 pub use memory::MemoryDevice;
 pub use meter::{DiskMeter, DiskStatistics, FileMeter, FileStatistics, Meter};
 pub use packed::{Encoding, PackedTarget, PackedUnit};

@@ -4,7 +4,7 @@
 mod counter;
 mod queue;
 
-pub use counter::{LatencyClass, OperationCounter, OperationStatistics, Statistics};
+pub use counter::{Counts, LatencyClass, OperationCounter, OperationStatistics, Statistics};
 
 use crate::{
     Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, ReadQueue, Result,
@@ -43,6 +43,16 @@ impl<D> Measured<D> {
     /// What was counted. Operations of other threads may be counted in part.
     pub fn snapshot(&self) -> Statistics {
         self.counters.snapshot()
+    }
+
+    /// What was counted, for another process.
+    pub fn counts(&self) -> Counts {
+        self.counters.counts()
+    }
+
+    /// Counts what another process has counted of the same device.
+    pub fn add(&self, counts: &Counts) {
+        self.counters.add(counts);
     }
 
     /// Counts zeroes that somebody had no need to write: [`crate::Copied::bytes_zero`] of

@@ -2,7 +2,9 @@
 //! One place for all disks of a program: each is held to a rate and counted from where it
 //! is opened, and whoever works with it does not know.
 
-use crate::{BlockDevice, Measured, PackedTarget, Rate, Statistics, Storage, Throttle, Throttled};
+use crate::{
+    BlockDevice, Counts, Measured, PackedTarget, Rate, Statistics, Storage, Throttle, Throttled,
+};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -95,11 +97,7 @@ impl Meter {
         if let Some(known) = disks.iter().find(|disk| disk.role == role && disk.name == name) {
             return known.meter.clone();
         }
-        let counted = || Counted { disk: Measured::new(()), files: Arc::default() };
-        let meter = DiskMeter {
-            throttle: self.rate.map(Throttle::new),
-            counted: self.counts.then(counted),
-        };
+        let meter = DiskMeter::new(self.rate, self.counts);
         let (role, name) = (role.to_owned(), name.to_owned());
         disks.push(Disk { role, name, meter: meter.clone() });
         meter
@@ -127,6 +125,48 @@ impl Meter {
 }
 
 impl DiskMeter {
+    /// The meter of a disk that no [`Meter`] knows: one whose figures go to another process.
+    pub fn new(rate: Option<Rate>, counts: bool) -> Self {
+        let counted = || Counted { disk: Measured::new(()), files: Arc::default() };
+        Self { throttle: rate.map(Throttle::new), counted: counts.then(counted) }
+    }
+
+    /// What the disk is held to.
+    pub fn rate(&self) -> Option<Rate> {
+        self.throttle.as_ref().map(Throttle::rate)
+    }
+
+    /// Whether anything is counted.
+    pub fn is_counted(&self) -> bool {
+        self.counted.is_some()
+    }
+
+    /// The files that were counted so far.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let Some(counted) = &self.counted else { return Vec::new() };
+        locked(&counted.files).iter().map(|file| file.path.clone()).collect()
+    }
+
+    /// What was counted of the disk or of one of its files, if it is counted.
+    pub fn counts(&self, file: Option<&Path>) -> Option<Counts> {
+        self.measured(file).map(|measured| measured.counts())
+    }
+
+    /// Counts what another process has counted of the disk or of one of its files. Files that
+    /// are not known are not counted.
+    pub fn add(&self, file: Option<&Path>, counts: &Counts) {
+        if let Some(measured) = self.measured(file) {
+            measured.add(counts);
+        }
+    }
+
+    fn measured(&self, file: Option<&Path>) -> Option<Measured<()>> {
+        let counted = self.counted.as_ref()?;
+        let Some(path) = file else { return Some(counted.disk.clone()) };
+        let files = locked(&counted.files);
+        files.iter().find(|known| known.path == path).map(|known| known.counted.clone())
+    }
+
     /// The disk, held to the rate and counted. What it waits is not part of its latency.
     pub fn device(&self, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
         let device = match &self.counted {
@@ -266,6 +306,28 @@ mod tests {
         meter.disk("source", "a").device(disk()).read_at(&mut [0; 100], 0).unwrap();
         assert!(begun.elapsed() >= Duration::from_millis(100));
         assert!(meter.statistics()[0].disk.reads.max_microseconds < 90_000);
+    }
+
+    #[test]
+    fn figures_of_another_process_are_added() {
+        let meter = Meter::new(None, true);
+        let here = meter.disk("image", "a");
+        here.file(Path::new("f"));
+        let there = DiskMeter::new(here.rate(), here.is_counted());
+        there.device(disk()).read_at(&mut [0; 10], 0).unwrap();
+        for (name, len) in [("f", 20), ("g", 30)] {
+            there.file(Path::new(name)).device(disk()).read_at(&mut vec![0; len], 0).unwrap();
+        }
+        for file in [None, Some("f"), Some("g")].map(|name| name.map(Path::new)) {
+            here.add(file, &there.counts(file).unwrap());
+        }
+        assert!(there.counts(Some(Path::new("h"))).is_none());
+        let told = meter.statistics();
+        assert_eq!(told[0].disk.reads.bytes, 10);
+        // It was not this process' file.
+        assert_eq!(here.files(), [Path::new("f")]);
+        assert_eq!(told[0].files[0].file.reads.bytes, 20);
+        assert!(DiskMeter::default().counts(None).is_none());
     }
 
     #[test]

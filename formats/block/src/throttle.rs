@@ -5,6 +5,7 @@ use crate::{
     Advice, BlockDevice, Encoding, Extent, FileRange, PackedTarget, PackedUnit, Result, Span,
     Storage, Zeroing, device::length,
 };
+use serde::{Deserialize, Serialize};
 use std::io::{IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 const BURST: Duration = Duration::from_millis(100);
 
 /// The most that may pass on average; `None` is no limit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     /// Bytes read and written per second.
     pub bytes: Option<NonZeroU64>,
@@ -59,6 +60,11 @@ impl Throttle {
     /// A throttle that lets nothing pass but `rate`.
     pub fn new(rate: Rate) -> Self {
         Self { rate, began: Instant::now(), bytes: Arc::default(), operations: Arc::default() }
+    }
+
+    /// What it lets pass.
+    pub fn rate(&self) -> Rate {
+        self.rate
     }
 
     /// Waits until one more operation of `bytes` bytes may be done.

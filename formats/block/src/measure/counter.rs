@@ -2,7 +2,7 @@
 //! The counters of a device, and what is told of them.
 
 use crate::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,29 @@ pub(super) struct Counters {
     pub(super) flushes: OperationCounter,
     pub(super) extents: OperationCounter,
     pub(super) zeroes_skipped: AtomicU64,
+}
+
+/// What a device has counted, for whoever counts the same device in another process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    reads: OperationCounts,
+    writes: OperationCounts,
+    zeroes: OperationCounts,
+    discards: OperationCounts,
+    flushes: OperationCounts,
+    extents: OperationCounts,
+    zeroes_skipped: u64,
+}
+
+/// The counters of one kind of operations as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct OperationCounts {
+    operations: u64,
+    bytes: u64,
+    errors: u64,
+    microseconds: u64,
+    slowest: u64,
+    latency: [u64; CLASSES],
 }
 
 /// Counts operations of one kind and how long they take; shared freely between threads.
@@ -100,6 +123,30 @@ impl Counters {
             zeroes_skipped: zeroes_skipped.load(Ordering::Relaxed),
         }
     }
+
+    pub(super) fn counts(&self) -> Counts {
+        let Self { reads, writes, zeroes, discards, flushes, extents, zeroes_skipped } = self;
+        Counts {
+            reads: reads.counts(),
+            writes: writes.counts(),
+            zeroes: zeroes.counts(),
+            discards: discards.counts(),
+            flushes: flushes.counts(),
+            extents: extents.counts(),
+            zeroes_skipped: zeroes_skipped.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn add(&self, counts: &Counts) {
+        let Self { reads, writes, zeroes, discards, flushes, extents, zeroes_skipped } = self;
+        reads.add(&counts.reads);
+        writes.add(&counts.writes);
+        zeroes.add(&counts.zeroes);
+        discards.add(&counts.discards);
+        flushes.add(&counts.flushes);
+        extents.add(&counts.extents);
+        zeroes_skipped.fetch_add(counts.zeroes_skipped, Ordering::Relaxed);
+    }
 }
 
 impl OperationCounter {
@@ -149,6 +196,33 @@ impl OperationCounter {
             p99_microseconds: share(&latency, 99, slowest),
             max_microseconds: slowest,
             latency,
+        }
+    }
+
+    fn counts(&self) -> OperationCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        OperationCounts {
+            operations: get(&self.operations),
+            bytes: get(&self.bytes),
+            errors: get(&self.errors),
+            microseconds: get(&self.microseconds),
+            slowest: get(&self.slowest),
+            latency: self.latency.each_ref().map(get),
+        }
+    }
+
+    fn add(&self, counts: &OperationCounts) {
+        // Numbers of a process that tells lies may overflow, and are still only numbers.
+        let add = |counter: &AtomicU64, more| {
+            counter.fetch_add(more, Ordering::Relaxed);
+        };
+        add(&self.operations, counts.operations);
+        add(&self.bytes, counts.bytes);
+        add(&self.errors, counts.errors);
+        add(&self.microseconds, counts.microseconds);
+        self.slowest.fetch_max(counts.slowest, Ordering::Relaxed);
+        for (counter, more) in self.latency.iter().zip(counts.latency) {
+            add(counter, more);
         }
     }
 
@@ -204,6 +278,30 @@ mod tests {
                 (None, 2)
             ]
         );
+    }
+
+    #[test]
+    fn what_another_process_counted_is_added() {
+        let (here, there) = (Counters::default(), Counters::default());
+        here.reads.note(10, true, Duration::from_micros(100));
+        there.reads.note(20, true, Duration::from_micros(5));
+        there.reads.note(20, false, Duration::from_micros(300));
+        there.flushes.note(0, true, Duration::from_micros(1));
+        there.zeroes_skipped.fetch_add(7, Ordering::Relaxed);
+        let text = serde_json::to_string(&there.counts()).unwrap();
+        here.add(&serde_json::from_str(&text).unwrap());
+        let told = here.snapshot();
+        let OperationStatistics { operations, bytes, errors, microseconds, .. } = told.reads;
+        assert_eq!([operations, bytes, errors, microseconds], [3, 30, 1, 405]);
+        assert_eq!((told.reads.max_microseconds, told.reads.latency.len()), (300, 3));
+        assert_eq!((told.flushes.operations, told.zeroes_skipped), (1, 7));
+        // Lies are nothing but wrong numbers.
+        let worst = text.replace("20", "18446744073709551615");
+        for _ in 0..2 {
+            here.add(&serde_json::from_str(&worst).unwrap());
+            here.snapshot();
+        }
+        assert!(serde_json::from_str::<Counts>("{}").is_err());
     }
 
     #[test]
