@@ -42,12 +42,17 @@ pub(crate) fn open(
     let read_only = usage != Use::Write;
     let spec = Spec::from_word(path)?;
     let metered = meter.disk("image", &path.to_string_lossy());
-    // Another process could open the disk from its files, but would have to count and to hold it
-    // to a rate, too; and what it reads from a server comes through this one.
-    let elsewhere = !meter.is_active() && spec.path().is_some();
+    // Another process can open the disk from its files; what it reads from a server comes
+    // through this one.
+    let elsewhere = spec.path().is_some();
     let files = if elsewhere { Files::Noting(Arc::default()) } else { Files::System };
-    let options =
-        OpenOptions { format: named, read_only, meter: metered, files, ..OpenOptions::default() };
+    let options = OpenOptions {
+        format: named,
+        read_only,
+        meter: metered.clone(),
+        files,
+        ..OpenOptions::default()
+    };
     let opened = tranship_formats::open_spec(&spec, &options)?;
     let image = elsewhere.then(|| Image {
         path: path.to_owned(),
@@ -61,6 +66,7 @@ pub(crate) fn open(
                 .collect(),
         ),
         discard: usage == Use::Discard,
+        meter: metered,
     });
     let device = match usage {
         Use::Write | Use::Read => opened.device,

@@ -87,6 +87,11 @@ pub trait Machine: Debug + Send + Sync {
     /// [`ErrorKind::Launch`] if it is not there or does not leave.
     fn remove_disk(&self, serial: &str) -> Result<()>;
 
+    /// Has the meters of disks that the machine serves itself count what it has counted. To be
+    /// called before it goes away; what is not to be had is told in the trace alone. Backends whose disks
+    /// are all served by this process have nothing to collect.
+    fn collect(&self) {}
+
     /// Writes the machine, which has no disk of the user, into `files`. It stands still
     /// meanwhile and goes on afterwards.
     ///

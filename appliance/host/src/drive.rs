@@ -5,7 +5,7 @@ use crate::backend::SpecDisk;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tranship_block::BlockDevice;
+use tranship_block::{BlockDevice, DiskMeter};
 use tranship_nbd::Export;
 use tranship_protocol::{disk_name, disk_serial};
 use tranship_vmm::channel::MOST_DESCRIPTORS;
@@ -37,14 +37,24 @@ pub struct Image {
     pub files: Arc<Vec<(PathBuf, bool, File)>>,
     /// Whether it is only read, and what is written is thrown away.
     pub discard: bool,
+    /// What counts it, and what it is held to. It knows the image's files, and gets the figures of
+    /// a machine that opens the image when that has ended.
+    pub meter: DiskMeter,
 }
 
 impl Image {
-    /// Whether its descriptors fit into one message, with one for what is written.
+    /// Whether it fits into one message: its names, which have to be text, and its descriptors
+    /// with one for what is written.
     fn travels(&self) -> bool {
-        self.files.len() < MOST_DESCRIPTORS
+        let names = self.files.iter().map(|(path, _, _)| path).chain([&self.path]);
+        let lengths = names.map(|path| path.to_str().map(str::len));
+        let bytes = lengths.sum::<Option<usize>>();
+        self.files.len() < MOST_DESCRIPTORS && bytes.is_some_and(|bytes| bytes <= MOST_NAMES)
     }
 }
+
+/// Bytes of all names in a message. In JSON each can become six.
+const MOST_NAMES: usize = 8 << 10;
 
 /// A disk that the guest has.
 #[derive(Debug)]
@@ -79,13 +89,23 @@ impl Slot {
     /// the image itself, for which this side lets go of it.
     pub(crate) fn hand_over(&mut self, opens_images: bool) -> (SpecDisk, Option<Export>) {
         let name = export_name(self.index);
+        let travels = |image: &Arc<Image>| {
+            let travels = image.travels();
+            if !travels {
+                tracing::debug!(
+                    name,
+                    "the image has too many files or odd names to be handed over"
+                );
+            }
+            travels
+        };
         let disk = SpecDisk {
             export: name.clone(),
             serial: disk_serial(self.index),
             read_only: self.read_only,
             sector_size: self.sector_size,
             durable: self.durable,
-            image: self.image.clone().filter(|image| opens_images && image.travels()),
+            image: self.image.clone().filter(|image| opens_images && travels(image)),
         };
         if disk.image.is_some() {
             // Two owners of one image would not know of each other's changes.

@@ -377,6 +377,7 @@ impl Live {
         let before = self.machine.ended();
         let outcome = self.session.call(&Call::Shutdown);
         let ended = outcome.is_ok() && self.machine.wait(Duration::from_secs(10));
+        self.machine.collect();
         let how = self.machine.ended();
         let killed = !ended && how.is_none();
         tracing::debug!(

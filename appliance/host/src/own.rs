@@ -14,8 +14,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use tranship_block::DiskMeter;
 use tranship_protocol::{BULK_PORT, CONTROL_PORT, TOOLS_SERIAL};
 use tranship_vmm::channel::{Channel, Message, NewDisk, Request, Source};
 use tranship_vmm::child::Order;
@@ -166,6 +167,9 @@ const MOST_DISKS: usize = tranship_vmm::MOST_DISKS - 1;
 /// Time that the monitor has for an answer. Opening a disk of a slow server takes longest.
 const ANSWER_LIMIT: Duration = Duration::from_mins(2);
 
+/// Time that it has for figures, which it has at hand.
+const COUNT_LIMIT: Duration = Duration::from_secs(5);
+
 /// A machine in our monitor.
 #[derive(Debug)]
 struct OwnMachine {
@@ -173,20 +177,23 @@ struct OwnMachine {
     line: Mutex<Line>,
     ended: Arc<(Mutex<Option<String>>, Condvar)>,
     disk_socket: PathBuf,
+    /// Disks whose figures are still over there, by their serial numbers.
+    counted: Mutex<Vec<(String, DiskMeter)>>,
 }
 
 /// Our side of the line to the monitor: one question at a time.
 #[derive(Debug)]
 struct Line {
     channel: Arc<Channel>,
-    answers: Receiver<std::result::Result<(), String>>,
+    answers: Receiver<Message>,
 }
 
 impl OwnMachine {
     fn new(process: Process, channel: Channel, disk_socket: PathBuf) -> Result<Self> {
         let channel = Arc::new(channel);
         let ended = Arc::new((Mutex::new(None), Condvar::new()));
-        let (sender, answers) = std::sync::mpsc::channel();
+        // There is one question at a time: more answers than one wait for nobody.
+        let (sender, answers) = std::sync::mpsc::sync_channel(1);
         let (listening, told) = (Arc::clone(&channel), Arc::clone(&ended));
         std::thread::Builder::new()
             .name("monitor".into())
@@ -194,19 +201,18 @@ impl OwnMachine {
                 loop {
                     // What else the monitor may send, descriptors even, is dropped.
                     let answer = match listening.receive::<Message>() {
-                        Ok(Some((Message::Done, _))) => Ok(()),
-                        Ok(Some((Message::Failed(why), _))) => Err(why),
                         Ok(Some((Message::Ended(how), _))) => {
                             end(&told, how);
                             continue;
                         }
+                        Ok(Some((answer, _))) => answer,
                         Ok(None) => break,
                         Err(error) => {
                             tracing::debug!(%error, "the monitor");
                             break;
                         }
                     };
-                    if sender.send(answer).is_err() {
+                    if sender.try_send(answer).is_err() {
                         break;
                     }
                 }
@@ -215,11 +221,50 @@ impl OwnMachine {
             })
             .map_err(|error| launch("a thread for the monitor", error))?;
         let line = Mutex::new(Line { channel, answers });
-        Ok(Self { process, line, ended, disk_socket })
+        Ok(Self { process, line, ended, disk_socket, counted: Mutex::default() })
     }
 
     /// Asks the monitor for something and waits until it is done.
     fn ask(&self, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+        match self.answer(request, descriptors, ANSWER_LIMIT)? {
+            Message::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Asks the monitor for what a disk has done, and counts that here.
+    fn settle(&self, serial: &str, meter: &DiskMeter) -> Result<()> {
+        // Which files there are is known here: it is not asked.
+        for file in std::iter::once(None).chain(meter.files().into_iter().map(Some)) {
+            let request = Request::Count { serial: serial.to_owned(), file };
+            match self.answer(&request, &[], COUNT_LIMIT)? {
+                Message::Counted(counts) => {
+                    let Request::Count { file, .. } = &request else { continue };
+                    meter.add(file.as_deref(), &counts);
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(())
+    }
+
+    fn settle_all(&self, disks: Vec<(String, DiskMeter)>) {
+        for (serial, meter) in disks {
+            if let Err(error) = self.settle(&serial, &meter) {
+                tracing::debug!(serial, %error, "what a disk did is not known");
+                // Who does not answer once would be waited for each time.
+                return;
+            }
+        }
+    }
+
+    /// The monitor's answer to a question.
+    fn answer(
+        &self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+        limit: Duration,
+    ) -> Result<Message> {
         let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = || {
             // It says why on its standard error.
@@ -230,25 +275,35 @@ impl OwnMachine {
         if line.channel.send(request, descriptors).is_err() {
             return Err(gone());
         }
-        match line.answers.recv_timeout(ANSWER_LIMIT) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(why)) => Err(Error::new(ErrorKind::Launch, format!("the monitor: {why}"))),
+        match line.answers.recv_timeout(limit) {
+            Ok(Message::Failed(why)) => {
+                Err(Error::new(ErrorKind::Launch, format!("the monitor: {why}")))
+            }
+            Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Disconnected) => Err(gone()),
             Err(RecvTimeoutError::Timeout) => {
                 // A late answer would be taken for that of the next question.
                 self.process.kill();
                 Err(Error::new(
                     ErrorKind::Launch,
-                    format!("the monitor did not answer in {ANSWER_LIMIT:?}"),
+                    format!("the monitor did not answer in {limit:?}"),
                 ))
             }
         }
     }
 }
 
+fn unexpected(answer: &Message) -> Error {
+    Error::new(ErrorKind::Launch, format!("the monitor answered {answer:?} to something else"))
+}
+
 fn end(ended: &(Mutex<Option<String>>, Condvar), how: String) {
     ended.0.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(how);
     ended.1.notify_all();
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn launch(what: &str, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -285,7 +340,12 @@ impl Machine for OwnMachine {
 
     fn add_disk(&self, disk: &SpecDisk) -> Result<()> {
         let SpecDisk { export, image, serial, read_only, sector_size, durable } = disk.clone();
-        let disk = |source| NewDisk { serial, read_only, durable, sector_size, source };
+        let meter = image.as_ref().map(|image| image.meter.clone()).unwrap_or_default();
+        let (rate, counts) = (meter.rate(), meter.is_counted());
+        let disk = |source| {
+            let serial = serial.clone();
+            NewDisk { serial, read_only, durable, sector_size, rate, counts, source }
+        };
         let Some(image) = image else {
             let socket = UnixStream::connect(&self.disk_socket).map_err(|error| {
                 Error::new(ErrorKind::Io, "connecting to the server of the disks").because(error)
@@ -305,11 +365,24 @@ impl Machine for OwnMachine {
         let overlay = image.discard.then(tempfile::tempfile).transpose();
         let overlay = overlay.map_err(|error| launch("making a temporary file", error))?;
         descriptors.extend(overlay.as_ref().map(AsFd::as_fd));
-        self.ask(&Request::Add(disk(source)), &descriptors)
+        self.ask(&Request::Add(disk(source)), &descriptors)?;
+        tracing::debug!(serial, "the monitor has opened the image");
+        if counts {
+            locked(&self.counted).push((serial, meter));
+        }
+        Ok(())
     }
 
     fn remove_disk(&self, serial: &str) -> Result<()> {
-        self.ask(&Request::Remove { serial: serial.to_owned() }, &[])
+        self.ask(&Request::Remove { serial: serial.to_owned() }, &[])?;
+        let gone = locked(&self.counted).extract_if(.., |(one, _)| one == serial).collect();
+        self.settle_all(gone);
+        Ok(())
+    }
+
+    fn collect(&self) {
+        let all = std::mem::take(&mut *locked(&self.counted));
+        self.settle_all(all);
     }
 
     fn save(&self, files: &SnapshotFiles) -> Result<()> {

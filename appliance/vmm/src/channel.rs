@@ -20,6 +20,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use tranship_block::{Counts, Rate};
 
 /// The largest message in bytes.
 const MOST: usize = 64 << 10;
@@ -37,6 +38,10 @@ pub struct NewDisk {
     pub durable: bool,
     /// Logical sector size in bytes: 512 or 4096.
     pub sector_size: u32,
+    /// The most that may pass on average.
+    pub rate: Option<Rate>,
+    /// Whether what the disk and its files do is counted, for [`Request::Count`].
+    pub counts: bool,
     /// Where its contents are.
     pub source: Source,
 }
@@ -74,6 +79,13 @@ pub enum Request {
         /// Its serial number.
         serial: String,
     },
+    /// Tell what was counted of a disk, which may have been unplugged since.
+    Count {
+        /// Its serial number.
+        serial: String,
+        /// The one of its files that is meant instead of the whole.
+        file: Option<PathBuf>,
+    },
     /// Start the processors.
     Start,
     /// Write the state into the first file that comes with this and the memory into the second.
@@ -90,7 +102,9 @@ pub enum Request {
 pub enum Message {
     /// The request was carried out.
     Done,
-    /// It was not, for this reason.
+    /// What was counted.
+    Counted(Box<Counts>),
+    /// The request was not carried out, for this reason.
     Failed(String),
     /// The guest has come to its end, in words. The machine's process waits for the parent to go
     /// away, so that the memory can still be looked at.
@@ -211,6 +225,8 @@ mod tests {
             read_only: true,
             durable: false,
             sector_size: 512,
+            rate: None,
+            counts: true,
             source: Source::Raw,
         };
         here.send(&Request::Add(disk), &[writer.as_fd()]).unwrap();
@@ -236,6 +252,13 @@ mod tests {
         assert!(there.receive::<Request>().is_err());
         let long = Message::Failed("x".repeat(MOST));
         assert!(here.send(&long, &[]).is_err());
+        // The longest that a machine may have counted is not.
+        let most = u64::MAX.to_string();
+        let counts = serde_json::to_string(&Counts::default()).unwrap().replace('0', &most);
+        let counts: Counts = serde_json::from_str(&counts).unwrap();
+        here.send(&Message::Counted(Box::new(counts.clone())), &[]).unwrap();
+        let (message, _) = there.receive::<Message>().unwrap().unwrap();
+        assert!(matches!(message, Message::Counted(same) if *same == counts));
         let fds = vec![here.as_fd(); MOST_DESCRIPTORS + 1];
         assert!(here.send(&Message::Done, &fds).is_err());
     }

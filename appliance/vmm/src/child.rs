@@ -14,11 +14,13 @@ use crate::{Ending, Error, Result, Snapshot, confine};
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::FdFlags;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use tranship_block::{Counts, DiskMeter};
 
 /// The most that an order may be long.
 const MOST: u64 = 1 << 20;
@@ -131,9 +133,12 @@ pub fn run(number: RawFd) -> Result<Ending> {
             read_only: true,
             durable: false,
             sector_size: 512,
+            rate: None,
+            counts: false,
             source: Source::Raw,
         };
-        disks.push(disk::open(new, vec![inherited.take(*number, serial)?])?);
+        let (disk, _) = disk::open(new, vec![inherited.take(*number, serial)?])?;
+        disks.push(disk);
     }
     let mut ports = Vec::with_capacity(order.ports.len());
     for (name, number) in &order.ports {
@@ -166,7 +171,7 @@ pub fn run(number: RawFd) -> Result<Ending> {
         }
     };
     confine::allow_only_what_a_machine_needs()?;
-    Served { machine, channel }.serve()
+    Served { machine, channel, meters: BTreeMap::new() }.serve()
 }
 
 /// All of the state's file.
@@ -189,6 +194,8 @@ pub fn allow_more_descriptors() {
 struct Served {
     machine: Machine,
     channel: Channel,
+    /// Those of disks that are counted, by their serial numbers, which are never used again.
+    meters: BTreeMap<String, DiskMeter>,
 }
 
 impl Served {
@@ -209,7 +216,7 @@ impl Served {
             }
             let Some((request, descriptors)) = self.channel.receive::<Request>()? else { break };
             let answer = match self.carry_out(request, descriptors) {
-                Ok(()) => Message::Done,
+                Ok(answer) => answer,
                 Err(error) => Message::Failed(with_cause(&error)),
             };
             self.channel.send(&answer, &[])?;
@@ -232,21 +239,42 @@ impl Served {
         }
     }
 
-    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<()> {
+    fn carry_out(&mut self, request: Request, descriptors: Vec<OwnedFd>) -> Result<Message> {
         match request {
-            Request::Add(new) => self.machine.add_disk(disk::open(new, descriptors)?),
-            Request::Remove { serial } => self.machine.remove_disk(&serial),
-            Request::Start => self.machine.start(true),
+            Request::Add(new) => {
+                let (disk, meter) = disk::open(new, descriptors)?;
+                let serial = disk.serial.clone();
+                self.machine.add_disk(disk)?;
+                if meter.is_counted() {
+                    self.meters.insert(serial, meter);
+                }
+            }
+            Request::Remove { serial } => self.machine.remove_disk(&serial)?,
+            Request::Count { serial, file } => {
+                return self.counted(serial, file.as_deref()).map(Box::new).map(Message::Counted);
+            }
+            Request::Start => self.machine.start(true)?,
             Request::Save => {
                 let [mut state, memory] = files(descriptors)?;
                 let snapshot = self.machine.save(&memory)?;
-                state.write_all(&snapshot.to_bytes()?).map_err(Error::system("the state's file"))
+                state
+                    .write_all(&snapshot.to_bytes()?)
+                    .map_err(Error::system("the state's file"))?;
             }
             Request::Dump { vmcoreinfo } => {
                 let [file] = files(descriptors)?;
-                self.machine.dump(vmcoreinfo, &file)
+                self.machine.dump(vmcoreinfo, &file)?;
             }
         }
+        Ok(Message::Done)
+    }
+
+    fn counted(&self, serial: String, file: Option<&Path>) -> Result<Counts> {
+        let Some(meter) = self.meters.get(&serial) else {
+            return Err(Error::Disk { serial, message: "it is not counted".into() });
+        };
+        // A file that was not opened here did nothing.
+        Ok(meter.counts(file).unwrap_or_default())
     }
 }
 
