@@ -4,11 +4,13 @@
 mod ahead;
 mod connection;
 mod device;
+mod dialer;
 mod extents;
 mod facts;
 mod handshake;
 mod line;
 mod list;
+mod moving;
 mod option;
 mod queue;
 mod receive;
@@ -20,10 +22,12 @@ mod unflushed;
 use crate::tls::ClientTls;
 use crate::wire::command;
 use connection::{Connection, Request};
+pub use dialer::Dialer;
 use extents::Known;
 pub use facts::Facts;
 use line::{Line, Wanted};
 pub use list::{ListedExport, Listing, describe_export, list_exports};
+pub use moving::Moved;
 use reply::Runs;
 pub use stream::Address;
 use stream::Socket;
@@ -32,7 +36,7 @@ use unflushed::Unflushed;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tranship_block::{Error, ErrorKind, Result, Span};
 
@@ -69,6 +73,8 @@ pub struct ClientOptions {
     /// Ask for replies in chunks. Without them there is neither an extent nor anything of
     /// 64 bits.
     pub structured: bool,
+    /// Who makes the connections instead of this process, which may not.
+    pub dialer: Option<Arc<Dialer>>,
 }
 
 impl Default for ClientOptions {
@@ -83,6 +89,7 @@ impl Default for ClientOptions {
             contexts: Vec::new(),
             extended: true,
             structured: true,
+            dialer: None,
         }
     }
 }

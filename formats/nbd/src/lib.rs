@@ -35,8 +35,8 @@ mod uri;
 mod wire;
 
 pub use client::{
-    Address, ClientOptions, Facts, ListedExport, Listing, Remote, Retry, describe_export,
-    list_exports,
+    Address, ClientOptions, Dialer, Facts, ListedExport, Listing, Moved, Remote, Retry,
+    describe_export, list_exports,
 };
 pub use export::{DirtyBitmap, Export, ExportedBitmap};
 pub use limits::Limits;

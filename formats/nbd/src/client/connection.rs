@@ -6,10 +6,10 @@ use super::handshake::{Agreed, Greeted};
 use super::receive::Input;
 use super::reply::{Partial, Runs, Style, Want};
 use super::slots::{Broken, Owner, Slot, Slots};
-use super::stream::{Address, Socket, Writing};
+use super::stream::{Address, Duplex, Socket, Writing};
 use crate::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC, command, command_flag};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -46,22 +46,38 @@ pub(super) struct Connection {
     pub(super) reading: Mutex<Input>,
     slots: Mutex<Slots>,
     cookie: AtomicU64,
+    /// Another process uses it now.
+    pub(super) moved: AtomicBool,
 }
 
 impl Connection {
     pub(super) fn open(address: &Address, options: &ClientOptions) -> Result<Self> {
+        if let Some(dialer) = &options.dialer {
+            let (moved, socket) = dialer.connect(options.timeout)?;
+            return Self::take_over(moved, socket, options);
+        }
         Self::over(Socket::connect(address, options.timeout)?, address.host(), options)
     }
 
     /// Says hello over a socket that is connected to `host`.
     pub(super) fn over(socket: Socket, host: &str, options: &ClientOptions) -> Result<Self> {
         let (agreed, stream) = Greeted::over(&socket, host, options)?.go(options)?;
+        Ok(Self::agreed(socket, agreed, stream, options))
+    }
+
+    /// A connection on which all is agreed upon.
+    pub(super) fn agreed(
+        socket: Socket,
+        agreed: Agreed,
+        stream: Duplex,
+        options: &ClientOptions,
+    ) -> Self {
         let style = match (agreed.facts.extended, agreed.facts.structured) {
             (true, _) => Style::Extended,
             (false, true) => Style::Structured,
             (false, false) => Style::Simple,
         };
-        Ok(Self {
+        Self {
             agreed,
             peer: socket.peer(),
             style,
@@ -71,7 +87,8 @@ impl Connection {
             reading: Mutex::new(Input { stream: stream.reading, next: None }),
             slots: Mutex::default(),
             cookie: AtomicU64::new(1),
-        })
+            moved: AtomicBool::new(false),
+        }
     }
 
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -181,6 +198,9 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        if *self.moved.get_mut() {
+            return;
+        }
         // Nothing is in flight: whoever waits for a reply borrows the connection.
         let request = Request { command: command::DISC, flags: 0, offset: 0, len: 0 };
         let mut head = Vec::with_capacity(32);

@@ -2,11 +2,12 @@
 //! What a server says about an export.
 
 use crate::wire::{MAX_STRING, export_flag, info};
+use serde::{Deserialize, Serialize};
 use tranship_block::{BigEndian, Error, Result};
 
 /// What a server says about an export, and what both sides agreed upon.
 #[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// Bytes.
     pub size: u64,

@@ -9,17 +9,18 @@ use crate::wire::{
     MAX_STRING, OPTION_MAGIC, SERVER_MAGIC, allocation, handshake, info, option as number,
     option_reply,
 };
+use serde::{Deserialize, Serialize};
 use tranship_block::{BigEndian, Error, ErrorKind, Result};
 
 /// Replies to one option; a server that sends more wants us to wait for ever.
 pub(super) const MOST_REPLIES: usize = 4096;
 
 /// What client and server agreed upon.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Agreed {
     pub(super) facts: Facts,
     /// The server's numbers for the contexts, which hold for this connection alone.
-    contexts: Vec<(u32, String)>,
+    pub(super) contexts: Vec<(u32, String)>,
 }
 
 impl Agreed {

@@ -78,6 +78,16 @@ impl Line {
         Self { address, options: options.clone(), state: Mutex::new(state) }
     }
 
+    /// The connection, unless there is none that works; no request gets one afterwards.
+    pub(super) fn close(&self, why: &str) -> Option<Arc<Connection>> {
+        let mut state = self.state();
+        if state.dead.is_some() {
+            return None;
+        }
+        state.dead = Some(why.to_owned());
+        Some(Arc::clone(&state.connection))
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,7 @@ use rustix::net::{
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -93,6 +93,10 @@ impl Socket {
         clone.map(Self).map_err(|error| Error::io("cannot share the connection", error))
     }
 
+    pub(super) fn into_descriptor(self) -> OwnedFd {
+        self.0
+    }
+
     /// The process at the other end of a Unix socket, as it was when it began to listen.
     pub(super) fn peer(&self) -> Option<u32> {
         let credentials = sockopt::socket_peercred(&self.0).ok()?;
@@ -137,6 +141,12 @@ fn connect_vsock(cid: u32, port: u32, timeout: Duration) -> io::Result<OwnedFd> 
     let socket = socket2::Socket::new(socket2::Domain::VSOCK, socket2::Type::STREAM, None)?;
     socket.connect_timeout(&socket2::SockAddr::vsock(cid, port), timeout)?;
     Ok(OwnedFd::from(socket))
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
 }
 
 impl Read for Socket {

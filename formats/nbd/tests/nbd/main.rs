@@ -13,6 +13,7 @@ mod hostile;
 mod images;
 mod listeners;
 mod matrix;
+mod moving;
 mod oracle;
 mod queue;
 mod reconnect;
