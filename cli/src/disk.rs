@@ -4,9 +4,9 @@
 use crate::failure::Failure;
 use std::path::Path;
 use std::sync::Arc;
-use tranship_appliance::{Drive, Image};
+use tranship_appliance::{Drive, Image, Server};
 use tranship_block::{BlockDevice, Meter, Storage};
-use tranship_formats::{Files, Format, OpenOptions, Spec};
+use tranship_formats::{Files, Format, Noted, OpenOptions, Spec};
 use tranship_qcow2::{CreateOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
 
@@ -42,38 +42,34 @@ pub(crate) fn open(
     let read_only = usage != Use::Write;
     let spec = Spec::from_word(path)?;
     let metered = meter.disk("image", &path.to_string_lossy());
-    // Another process can open the disk from its files; what it reads from a server comes
-    // through this one.
-    let elsewhere = spec.path().is_some();
-    let files = if elsewhere { Files::Noting(Arc::default()) } else { Files::System };
+    // Another process can open the disk from what is noted.
     let options = OpenOptions {
         format: named,
         read_only,
         meter: metered.clone(),
-        files,
+        files: Files::Noting(Arc::default()),
         ..OpenOptions::default()
     };
     let opened = tranship_formats::open_spec(&spec, &options)?;
-    let image = elsewhere.then(|| Image {
+    let Noted { files, servers } = options.files.noted();
+    let files = files.into_iter().map(|noted| (noted.path, noted.writable, noted.file));
+    let servers = servers
+        .into_iter()
+        .map(|noted| Server::new(noted.name, noted.address, noted.options, noted.remote));
+    let image = Image {
         path: path.to_owned(),
         format: format.map(ToOwned::to_owned),
-        files: Arc::new(
-            options
-                .files
-                .noted()
-                .into_iter()
-                .map(|noted| (noted.path, noted.writable, noted.file))
-                .collect(),
-        ),
+        files: Arc::new(files.collect()),
+        servers: Arc::new(servers.collect()),
         discard: usage == Use::Discard,
         meter: metered,
-    });
+    };
     let device = match usage {
         Use::Write | Use::Read => opened.device,
         Use::Discard => overlay(opened.device)?,
     };
     let (read_only, durable) = (usage == Use::Read, usage == Use::Write);
-    let drive = Drive { device, read_only, durable, image };
+    let drive = Drive { device, read_only, durable, image: Some(image) };
     Ok(Disk { drive, warnings: opened.warnings })
 }
 

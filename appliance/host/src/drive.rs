@@ -2,13 +2,15 @@
 //! A disk of the guest, and how its contents reach the machine.
 
 use crate::backend::SpecDisk;
+use crate::{Error, ErrorKind, Result};
+use rustix::fd::OwnedFd;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tranship_block::{BlockDevice, DiskMeter};
-use tranship_nbd::Export;
+use tranship_nbd::{Address, ClientOptions, Dialer, Export, Remote};
 use tranship_protocol::{disk_name, disk_serial};
-use tranship_vmm::channel::MOST_DESCRIPTORS;
+use tranship_vmm::channel::{MOST_DESCRIPTORS, NewServer};
 
 /// A disk of the guest.
 #[derive(Clone, Debug)]
@@ -35,6 +37,8 @@ pub struct Image {
     pub format: Option<String>,
     /// Its files under the names by which it asks for them, and whether they are written.
     pub files: Arc<Vec<(PathBuf, bool, File)>>,
+    /// The exports of servers that it consists of.
+    pub servers: Arc<Vec<Server>>,
     /// Whether it is only read, and what is written is thrown away.
     pub discard: bool,
     /// What counts it, and what it is held to. It knows the image's files, and gets the figures of
@@ -42,14 +46,74 @@ pub struct Image {
     pub meter: DiskMeter,
 }
 
+/// An export that an image consists of.
+#[derive(Debug)]
+pub struct Server {
+    name: String,
+    address: Address,
+    options: ClientOptions,
+    /// The connections, until they are handed over.
+    remote: Mutex<Option<Arc<Remote>>>,
+}
+
+impl Server {
+    /// The export at `address`, which is asked for as `name` and was opened as `remote` with
+    /// these options.
+    pub fn new(
+        name: String,
+        address: Address,
+        options: ClientOptions,
+        remote: Arc<Remote>,
+    ) -> Self {
+        Self { name, address, options, remote: Mutex::new(Some(remote)) }
+    }
+
+    fn remote(&self) -> MutexGuard<'_, Option<Arc<Remote>>> {
+        self.remote.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Descriptors that go with it: a line to who makes connections, and the connections.
+    fn descriptors(&self) -> usize {
+        self.remote().as_ref().map_or(1, |remote| remote.connections().saturating_add(1))
+    }
+
+    /// Whether its connections are encrypted: keys stay in this process.
+    fn is_encrypted(&self) -> bool {
+        self.remote().as_ref().is_some_and(|remote| remote.facts().tls)
+    }
+
+    /// What the machine is told, with descriptors. The connections that there are go along the
+    /// first time; whoever starts such a machine again has others made.
+    pub(crate) fn hand_over(&self) -> Result<(NewServer, Vec<OwnedFd>)> {
+        let dialer = Dialer::start(self.address.clone(), self.options.clone());
+        let dialer = dialer.map_err(|error| {
+            Error::new(ErrorKind::Io, format!("connections to {}", self.address)).because(error)
+        })?;
+        let remote = self.remote().take();
+        let handed_over = remote.map(|remote| remote.hand_over()).unwrap_or_default();
+        let (connections, sockets): (Vec<_>, Vec<_>) = handed_over.into_iter().unzip();
+        let descriptors = [dialer].into_iter().chain(sockets).collect();
+        Ok((NewServer { name: self.name.clone(), connections }, descriptors))
+    }
+}
+
 impl Image {
-    /// Whether it fits into one message: its names, which have to be text, and its descriptors
-    /// with one for what is written.
-    fn travels(&self) -> bool {
-        let names = self.files.iter().map(|(path, _, _)| path).chain([&self.path]);
-        let lengths = names.map(|path| path.to_str().map(str::len));
-        let bytes = lengths.sum::<Option<usize>>();
-        self.files.len() < MOST_DESCRIPTORS && bytes.is_some_and(|bytes| bytes <= MOST_NAMES)
+    /// Why it cannot be opened in another process. Its names have to be text, and they and its
+    /// descriptors, with one for what is written, have to fit into one message.
+    fn stays(&self) -> Option<&'static str> {
+        let paths = self.files.iter().map(|(path, _, _)| path).chain([&self.path]);
+        let paths = paths.map(|path| path.to_str().map(str::len)).sum::<Option<usize>>();
+        let names: usize = self.servers.iter().map(|server| server.name.len()).sum();
+        let servers: usize = self.servers.iter().map(Server::descriptors).sum();
+        if paths.is_none_or(|paths| paths.saturating_add(names) > MOST_NAMES) {
+            Some("its names are no text or too long")
+        } else if self.files.len().saturating_add(servers) >= MOST_DESCRIPTORS {
+            Some("it consists of too many files")
+        } else if self.servers.iter().any(Server::is_encrypted) {
+            Some("its server is spoken to over TLS")
+        } else {
+            None
+        }
     }
 }
 
@@ -90,14 +154,11 @@ impl Slot {
     pub(crate) fn hand_over(&mut self, opens_images: bool) -> (SpecDisk, Option<Export>) {
         let name = export_name(self.index);
         let travels = |image: &Arc<Image>| {
-            let travels = image.travels();
-            if !travels {
-                tracing::debug!(
-                    name,
-                    "the image has too many files or odd names to be handed over"
-                );
+            let why = image.stays();
+            if let Some(why) = why {
+                tracing::debug!(disk = name, "served from here: {why}");
             }
-            travels
+            why.is_none()
         };
         let disk = SpecDisk {
             export: name.clone(),

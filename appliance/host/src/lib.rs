@@ -27,7 +27,7 @@ pub use backend::{
     Backend, Choice, Machine, MachineSpec, Preference, SnapshotFiles, SpecDisk, choose,
 };
 pub use control::{Appliance, Status, dump, running};
-pub use drive::{Drive, Image};
+pub use drive::{Drive, Image, Server};
 pub use error::{Error, ErrorKind, Result};
 pub use guest::{Boot, Guest, Settings};
 pub use launch::{LaunchTimes, Start};

@@ -3,6 +3,7 @@
 //! gets everything as open descriptors and can open nothing itself.
 
 use crate::backend::{Backend, Machine, MachineSpec, SnapshotFiles, SpecDisk};
+use crate::drive::Server;
 use crate::process::Process;
 use crate::{Error, ErrorKind, Result};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -353,14 +354,19 @@ impl Machine for OwnMachine {
             let request = Request::Add(disk(Source::Nbd { export }));
             return self.ask(&request, &[socket.as_fd()]);
         };
+        let handed_over =
+            image.servers.iter().map(Server::hand_over).collect::<Result<Vec<_>>>()?;
+        let (servers, sockets): (Vec<_>, Vec<_>) = handed_over.into_iter().unzip();
         let source = Source::Image {
             path: image.path.clone(),
             format: image.format.clone(),
             files: image.files.iter().map(|(path, write, _)| (path.clone(), *write)).collect(),
+            servers,
             discard: image.discard,
         };
         let mut descriptors: Vec<BorrowedFd<'_>> =
             image.files.iter().map(|(_, _, file)| file.as_fd()).collect();
+        descriptors.extend(sockets.iter().flatten().map(AsFd::as_fd));
         // A file without a name ends with the machine, however that ends.
         let overlay = image.discard.then(tempfile::tempfile).transpose();
         let overlay = overlay.map_err(|error| launch("making a temporary file", error))?;
@@ -393,3 +399,6 @@ impl Machine for OwnMachine {
         self.ask(&Request::Dump { vmcoreinfo }, &[to.as_fd()])
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use tranship_block::{Counts, Rate};
+use tranship_nbd::Moved;
 
 /// The largest message in bytes.
 const MOST: usize = 64 << 10;
@@ -51,7 +52,8 @@ pub struct NewDisk {
 pub enum Source {
     /// A file with the bytes as they are: one descriptor.
     Raw,
-    /// An image of any format: a descriptor for each file, and one more with `discard`.
+    /// An image of any format: a descriptor for each file and more for each server, and one
+    /// more with `discard`.
     Image {
         /// Its path, from which the names of its other files start.
         path: PathBuf,
@@ -59,6 +61,9 @@ pub enum Source {
         format: Option<String>,
         /// The files that it consists of, and whether they are to be written.
         files: Vec<(PathBuf, bool)>,
+        /// The exports that it consists of. After the descriptors of the files there are, for
+        /// each, one for a [`tranship_nbd::Dialer`] and those of its connections.
+        servers: Vec<NewServer>,
         /// Whether what is written is thrown away. The last descriptor is an empty file for it.
         discard: bool,
     },
@@ -67,6 +72,15 @@ pub enum Source {
         /// The export's name.
         export: String,
     },
+}
+
+/// An export of somebody else's server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NewServer {
+    /// The name by which it will be asked for.
+    pub name: String,
+    /// The connections to it, on which there is nothing under way.
+    pub connections: Vec<Moved>,
 }
 
 /// What the parent asks for.

@@ -6,9 +6,13 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use tranship_block::{BlockDevice, MemoryDevice};
+use tranship_nbd::{Address, ClientOptions, Dialer, Export, Limits, Remote, Server};
 use tranship_vmm::confine;
 
 /// Names the attempt that the process started again is to make.
@@ -16,13 +20,24 @@ const ATTEMPT: &str = "TRANSHIP_VMM_TEST_ATTEMPT";
 /// What it prints when it comes to that.
 const READY: &str = "confined";
 
+/// Names a descriptor that it inherits for it.
+const LINE: &str = "TRANSHIP_VMM_TEST_LINE";
+
 /// Starts this program again as a confined process that makes an attempt.
 fn attempt(name: &str, as_nobody: bool) -> Output {
+    attempt_with(name, as_nobody, None)
+}
+
+fn attempt_with(name: &str, as_nobody: bool, line: Option<&OwnedFd>) -> Output {
     let mut command = Command::new("/proc/self/exe");
     command
         .args(["--exact", "inside", "--nocapture", "--test-threads=1"])
         .env(ATTEMPT, name)
         .stdin(Stdio::null());
+    if let Some(line) = line {
+        rustix::io::fcntl_setfd(line, rustix::io::FdFlags::empty()).unwrap();
+        command.env(LINE, line.as_raw_fd().to_string());
+    }
     if as_nobody {
         command.uid(65534).gid(65534);
     }
@@ -39,7 +54,9 @@ fn inside() {
     let mut kept = tempfile::tempfile().unwrap();
     kept.write_all(b"a disk").unwrap();
     let left = File::open("/proc/self/exe").unwrap();
-    confine::give_up_privileges(&BTreeSet::from([kept.as_raw_fd()])).unwrap();
+    let line = std::env::var(LINE).ok().map(|number| number.parse().unwrap());
+    let descriptors: BTreeSet<_> = line.into_iter().chain([kept.as_raw_fd()]).collect();
+    confine::give_up_privileges(&descriptors).unwrap();
     if attempt != "landlock" {
         confine::allow_only_what_a_machine_needs().unwrap();
     }
@@ -55,6 +72,26 @@ fn inside() {
             std::os::unix::fs::FileExt::read_at(&kept, &mut [0; 6], 0)
                 .and_then(|_| (&kept).read_to_string(&mut text))
                 .map(drop)
+        }
+        // An export of which only its dialer knows where it is.
+        "dial" => {
+            // SAFETY: whoever started this process has made the descriptor for it alone.
+            let line = unsafe { OwnedFd::from_raw_fd(line.unwrap()) };
+            let dialer = Some(Arc::new(Dialer::over(line)));
+            let options = ClientOptions { dialer, ..Default::default() };
+            let nowhere = Address::Unix(PathBuf::from("/nowhere"));
+            let remote = Remote::connect(&nowhere, &options).unwrap();
+            remote.write_at(&[7; 512], 512).unwrap();
+            remote.flush().unwrap();
+            let mut found = [0; 1024];
+            remote.read_at(&mut found, 0).unwrap();
+            assert_eq!((found[0], found[512], remote.connections()), (0, 7, 4));
+            // Without it there is nothing.
+            let options = ClientOptions { dialer: None, ..options };
+            let error = Remote::connect(&nowhere, &options).unwrap_err();
+            let cause = std::error::Error::source(&error).unwrap();
+            let errno = cause.downcast_ref::<std::io::Error>().unwrap().raw_os_error().unwrap();
+            Err(std::io::Error::from_raw_os_error(errno))
         }
         "inherited" => (&left).read(&mut [0; 4]).map(drop),
         "thread" => std::thread::Builder::new()
@@ -96,6 +133,21 @@ fn files_programs_and_sockets_are_out_of_reach() {
         let said = String::from_utf8_lossy(&said).into_owned();
         assert!(said.contains("Err(Some(9))"), "an inherited descriptor is open: {said}");
     }
+}
+
+#[test]
+fn a_server_is_reached_by_the_dialer_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let device = Arc::new(MemoryDevice::new(vec![0; 1 << 20]));
+    let export = Export { shared: true, ..Export::new("vda", device) };
+    let running = Server::bind(&socket, vec![export], Limits::default()).unwrap().start().unwrap();
+    let options = ClientOptions { export: "vda".into(), ..Default::default() };
+    let line = Dialer::start(Address::Unix(socket), options).unwrap();
+    let output = attempt_with("dial", false, Some(&line));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("Err(Some(1))"), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    running.stop().unwrap();
 }
 
 #[test]

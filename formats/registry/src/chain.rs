@@ -204,10 +204,12 @@ impl<'a> Walk<'a> {
                 (file.clone(), Some(file))
             }
             crate::spec::Place::Nbd(address) => {
-                let remote = Arc::new(
-                    connect(address, read_only, &self.options.secrets)
-                        .map_err(|error| error.in_file(&spec.name))?,
-                );
+                let remote = client(address, read_only, &self.options.secrets)
+                    .and_then(|options| {
+                        let address = &address.uri.address;
+                        self.options.files.connect(&spec.name, address, &options)
+                    })
+                    .map_err(|error| error.in_file(&spec.name))?;
                 (remote.clone(), Some(remote))
             }
         };
@@ -231,7 +233,9 @@ impl<'a> Walk<'a> {
         let place = Place::Folder(match spec.path() {
             Some(_) => self.beside(path),
             // The folders in a URI are none of this host's.
-            None => FolderGate::nowhere(allowed),
+            None => {
+                FolderGate { files: self.options.files.clone(), ..FolderGate::nowhere(allowed) }
+            }
         });
         let (file, storage) = match spec.slice {
             None => (file, storage),
@@ -438,15 +442,18 @@ pub(crate) fn cached(file: RawFile, direct: bool) -> Result<RawFile> {
 
 /// The export at `address`.
 pub(crate) fn connect(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<Remote> {
-    let uri = &address.uri;
-    let options = ClientOptions {
-        export: uri.export.clone(),
+    Remote::connect(&address.uri.address, &client(address, read_only, secrets)?)
+}
+
+/// How the export at `address` is spoken to.
+fn client(address: &NbdAddress, read_only: bool, secrets: &Secrets) -> Result<ClientOptions> {
+    Ok(ClientOptions {
+        export: address.uri.export.clone(),
         read_only,
         tls: secrets.tls_for(address)?,
         retry: Retry { budget: address.reconnect },
         ..ClientOptions::default()
-    };
-    Remote::connect(&uri.address, &options)
+    })
 }
 
 /// The part of a raw file that is the disk.

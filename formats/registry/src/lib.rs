@@ -32,7 +32,7 @@ pub use create::{Create, FillOptions, Filling, create, fill};
 pub use files::resize_vmdk;
 pub use format::Format;
 pub use gate::FolderGate;
-pub use handover::{Files, NotedFile};
+pub use handover::{Files, Given, GivenServer, Noted, NotedFile, NotedServer};
 pub use layer::{Disk, Layer, Opened};
 pub use probe::probe;
 pub use replacing::{Replacing, WhenEmpty};

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Opens disks from descriptors: the process may open nothing itself.
 
-use crate::channel::{NewDisk, Source};
+use crate::channel::{NewDisk, NewServer, Source};
 use crate::machine::Disk;
 use crate::{Error, Result};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use tranship_block::{BlockDevice, DiskMeter, Rate, Storage, Throttle, Throttled};
-use tranship_formats::{Files, NotedFile, OpenOptions};
-use tranship_nbd::{ClientOptions, Remote};
+use tranship_formats::{Files, Given, GivenServer, NotedFile, OpenOptions, Spec};
+use tranship_nbd::{ClientOptions, Dialer, Remote};
 use tranship_qcow2::{CreateOptions, Qcow2};
 use tranship_raw::{Access, RawFile};
 
@@ -36,11 +36,18 @@ pub(super) fn open(disk: NewDisk, descriptors: Vec<OwnedFd>) -> Result<(Disk, Di
             let stream = UnixStream::from(OwnedFd::from(next()?));
             nbd(stream, export, disk.read_only).map(|device| metered(device, &meter))
         }
-        Source::Image { path, format, files, discard } => {
-            let mut given = Vec::with_capacity(files.len());
+        Source::Image { path, format, files, servers, discard } => {
+            let mut given = Given::default();
             for (path, writable) in files {
                 let (path, writable) = (path.clone(), *writable);
-                given.push(NotedFile { path, writable, file: next()? });
+                given.files.push(NotedFile { path, writable, file: next()? });
+            }
+            for NewServer { name, connections } in servers {
+                let dialer = Arc::new(Dialer::over(next()?.into()));
+                let connections =
+                    connections.iter().map(|moved| Ok((moved.clone(), next()?.into())));
+                let connections = Mutex::new(connections.collect::<Result<_>>()?);
+                given.servers.push(GivenServer { name: name.clone(), dialer, connections });
             }
             let overlay = if *discard { Some(next()?) } else { None };
             let read_only = disk.read_only || *discard;
@@ -89,7 +96,7 @@ fn nbd(stream: UnixStream, export: &str, read_only: bool) -> Opened {
 fn image(
     path: &Path,
     format: Option<&str>,
-    files: Vec<NotedFile>,
+    given: Given,
     read_only: bool,
     meter: &DiskMeter,
 ) -> Opened {
@@ -97,10 +104,10 @@ fn image(
         format: format.map(str::parse).transpose()?,
         read_only,
         meter: meter.clone(),
-        files: Files::Given(Arc::new(files)),
+        files: Files::Given(Arc::new(given)),
         ..OpenOptions::default()
     };
-    Ok(in_sight(tranship_formats::open(path, &options)?.device, meter))
+    Ok(in_sight(tranship_formats::open_spec(&Spec::from_word(path)?, &options)?.device, meter))
 }
 
 /// What is written to `image` goes into the empty `file`.
@@ -132,6 +139,7 @@ mod tests {
             path: path.clone(),
             format: Some("raw".into()),
             files: vec![(path, false)],
+            servers: Vec::new(),
             discard,
         };
         let (serial, read_only) = ("tranship-0".to_owned(), !discard);
