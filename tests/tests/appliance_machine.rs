@@ -149,6 +149,86 @@ fn images_of_every_kind_are_written_and_thrown_away() {
     }
 }
 
+/// Our server with the bytes of `disk` for one client, with whom it ends; and the URI of its export.
+fn served(place: &Place, disk: &str) -> (Running, String) {
+    let socket = format!("{disk}.socket");
+    let mut server = place.start(place.tranship(&["serve", "-f", "raw", "-k", &socket, disk]));
+    server.until("a socket", SHORT, || Path::new(&socket).exists());
+    (server, format!("nbd+unix:///?socket={socket}"))
+}
+
+#[test]
+fn disks_of_servers_and_those_that_are_counted_are_opened_where_the_guest_runs() {
+    let Some(place) = Place::new() else { return };
+    if !installed("mke2fs") || !installed("debugfs") {
+        return;
+    }
+    let (far, near) = (ext4(&place, "far"), ext4(&place, "near"));
+    let image = place.text("image");
+    let words = ["image", "convert", "-f", "raw", "-O", "qcow2", &near, &image];
+    place.run(&words, SHORT).ended_with(0);
+    // An export cannot grow.
+    File::options().write(true).open(&image).unwrap().set_len(64 << 20).unwrap();
+    let servers = [&far, &image].map(|disk| served(&place, disk));
+    let [(_, raw), (_, qcow2)] = &servers;
+    let length = 800_000;
+    fs::write(place.path("content"), vec![7; length]).unwrap();
+    let script = format!(
+        "mount /dev/sda /\n\
+         !cat /proc/uptime\n\
+         upload {} /content\n\
+         sync\n\
+         !cat /proc/uptime\n\
+         write /kind raw\n\
+         umount /\n\
+         mount /dev/sdb /\n\
+         write /kind qcow2\n\
+         umount /\n\
+         mount-ro /dev/sdc /\n\
+         ls /\n\
+         umount /\n",
+        place.text("content")
+    );
+    let input = place.path("input");
+    fs::write(&input, format!("run\n{script}")).unwrap();
+    let told = place.text("told.json");
+    let limits = ["--limit-rate", "1M", "--statistics", &told];
+    let disks = ["shell", "-a", raw, "-a", qcow2, "-a", &near];
+    let mut command = place.tranship(&[&disks[..], &limits].concat());
+    command.stdin(File::open(&input).unwrap()).env("TRANSHIP_LOG", "tranship_appliance=debug");
+    let run = place.start(command).wait(APPLIANCE).ended_with(0);
+    let ours = run.stderr.contains("backend=\"kvm\"");
+    let opened = run.stderr.matches("the monitor has opened the image").count();
+    assert_eq!(opened, if ours { 3 } else { 0 }, "{}", run.stderr);
+
+    // The rate is that of the disk, not of a network or a cache.
+    let mut times = run.stdout.split_whitespace().filter_map(|word| word.parse::<f64>().ok());
+    let (begun, done) = (times.next().unwrap(), times.nth(1).unwrap());
+    assert!(done - begun >= 0.6, "{length} bytes in {} s", done - begun);
+    let told: Value = serde_json::from_str(&fs::read_to_string(&told).unwrap()).unwrap();
+    let names = [raw, qcow2, &near];
+    for (disk, name) in told["disks"].as_array().unwrap().iter().zip(names) {
+        assert_eq!(disk["name"], name.as_str());
+        let file = &disk["files"][0];
+        assert_eq!(file["path"], name.as_str());
+        for part in [disk, file] {
+            // More than what was looked at to open it.
+            assert!(part["reads"]["bytes"].as_u64().unwrap() > 16 << 10, "{told:#}");
+            assert_eq!(part["reads"]["errors"], 0);
+        }
+        let written = disk["writes"]["bytes"].as_u64().unwrap();
+        assert_eq!(written > 0, name != &near, "{told:#}");
+        assert_eq!(written >= length as u64, name == raw, "{told:#}");
+    }
+    for (server, _) in servers {
+        server.wait(SHORT).ended_with(0);
+    }
+    assert_eq!(read_outside(&far, "/kind"), "raw");
+    let back = place.text("back");
+    place.run(&["image", "convert", "-O", "raw", &image, &back], SHORT).ended_with(0);
+    assert_eq!(read_outside(&back, "/kind"), "qcow2");
+}
+
 /// `appliance shell` that waits for more.
 struct Shell {
     running: Running,
