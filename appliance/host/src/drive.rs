@@ -185,3 +185,46 @@ impl Slot {
 pub(crate) fn export_name(index: usize) -> String {
     format!("disk{index}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use tranship_block::MemoryDevice;
+
+    fn slot(names: &[PathBuf]) -> Slot {
+        let file = |name: &PathBuf| (name.clone(), false, tempfile::tempfile().unwrap());
+        let image = Image {
+            path: names[0].clone(),
+            format: None,
+            files: Arc::new(names.iter().map(file).collect()),
+            servers: Arc::default(),
+            discard: false,
+            meter: DiskMeter::default(),
+        };
+        let device = Arc::new(MemoryDevice::new(vec![0; 512]));
+        Slot::new(0, Drive { device, read_only: true, durable: false, image: Some(image) })
+    }
+
+    #[test]
+    fn what_does_not_travel_is_served_from_here() {
+        let names = |count: usize| (0..count).map(|n| PathBuf::from(format!("/d/{n}"))).collect();
+        let long = PathBuf::from(format!("/{}", "d/".repeat(4096)));
+        let odd = PathBuf::from(OsStr::from_bytes(b"/d/\xff"));
+        let cases: [(Vec<PathBuf>, bool); 5] = [
+            (names(1), true),
+            (names(MOST_DESCRIPTORS - 1), true),
+            (names(MOST_DESCRIPTORS), false),
+            (vec![long], false),
+            (vec![odd], false),
+        ];
+        for (names, travels) in cases {
+            for opens_images in [true, false] {
+                let (disk, export) = slot(&names).hand_over(opens_images);
+                assert_eq!(disk.image.is_some(), travels && opens_images, "{:?}", names[0]);
+                assert_eq!(export.is_none(), disk.image.is_some());
+            }
+        }
+    }
+}
