@@ -295,7 +295,7 @@ fn rubbish(arguments: &[String]) -> Result<()> {
         usize::try_from(random >> 16).unwrap_or(0) % below
     };
     let (mut refused, mut ran, mut why) = (0, 0, BTreeSet::new());
-    for _ in 0..60 {
+    for _ in 0..20 {
         let mut state = state.to_vec();
         for _ in 0..=next(4) {
             let at = next(state.len());
