@@ -2,12 +2,12 @@
 //! Copies that cannot work, or that somebody breaks off.
 
 use crate::servers::Server;
-use crate::support::names;
+use crate::support::{Place, names};
 use crate::{SIZE, fails, junk, place, run};
 use std::fs::{self, File};
 
 /// What is left of a file that was to be new.
-fn nothing_of(place: &crate::support::Place, name: &str) {
+fn nothing_of(place: &Place, name: &str) {
     let names = names(&place.path("."));
     assert!(!names.iter().any(|found| found.contains(name)), "{names:?}");
 }
@@ -115,15 +115,22 @@ fn what_cannot_work_is_refused_before_anything_is_written() {
     nothing_of(&place, "new");
 }
 
+/// A server that tells of each request as it comes and takes its time for the answer.
+const SLOW: &str = "nbdkit -f -U SOCKET --filter=log --filter=delay file disk delay-read=100ms \
+                    logfile=asked";
+
+/// Whether that server was asked for data: maps are asked for before it, on their own.
+fn reads(place: &Place) -> bool {
+    fs::read_to_string(place.path("asked")).is_ok_and(|asked| asked.contains(" Read "))
+}
+
 #[test]
 fn a_server_that_dies_ends_the_copy() {
     let Some(place) = place() else { return };
-    let words = "nbdkit -f -U SOCKET --filter=delay file disk delay-read=100ms";
-    let mut server = Server::start(&place, "dying", words);
+    let mut server = Server::start(&place, "dying", SLOW);
     let uri = server.uri();
     let mut running = place.start(place.tranship(&["copy", "--progress=2", &uri, "new"]));
-    let hidden = place.path(".new.tranship-part/new");
-    running.until("file", crate::COPY, || hidden.exists());
+    running.until("read", crate::COPY, || reads(&place));
     server.kill();
     let finished = running.wait(crate::COPY).ended_with(1);
     let finished = finished.saying("reading the source failed (at offset");
@@ -134,13 +141,11 @@ fn a_server_that_dies_ends_the_copy() {
 #[test]
 fn a_server_that_comes_back_in_time_is_asked_again() {
     let Some(place) = place() else { return };
-    let words = "nbdkit -f -U SOCKET --filter=delay file disk delay-read=100ms";
-    let mut server = Server::start(&place, "returning", words);
+    let mut server = Server::start(&place, "returning", SLOW);
     let uri = server.uri();
     let args = ["copy", "--progress=2", "--retry", "30", &uri, "new"];
     let mut running = place.start(place.tranship(&args));
-    let hidden = place.path(".new.tranship-part/new");
-    running.until("file", crate::COPY, || hidden.exists());
+    running.until("read", crate::COPY, || reads(&place));
     server.kill();
     std::thread::sleep(std::time::Duration::from_millis(700));
     let _again = Server::start(&place, "returning", "nbdkit -f -U SOCKET file disk");
