@@ -14,7 +14,9 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
-use support::{APPLIANCE, Finished, Place, Running, SHORT, digest, host, installed, names};
+use support::{
+    APPLIANCE, Finished, Place, Running, SHORT, digest, host, installed, listens, names,
+};
 
 /// A disk of 32 MiB with an empty filesystem.
 fn ext4(place: &Place, name: &str) -> String {
@@ -153,7 +155,7 @@ fn images_of_every_kind_are_written_and_thrown_away() {
 fn served(place: &Place, disk: &str) -> (Running, String) {
     let socket = format!("{disk}.socket");
     let mut server = place.start(place.tranship(&["serve", "-f", "raw", "-k", &socket, disk]));
-    server.until("a socket", SHORT, || Path::new(&socket).exists());
+    server.until("a socket", SHORT, || listens(Path::new(&socket)));
     (server, format!("nbd+unix:///?socket={socket}"))
 }
 

@@ -204,7 +204,7 @@ mod tests {
     fn core(note: &[u8]) -> File {
         let mut raw = vec![0; usize::try_from(MEMORY + LENGTH).unwrap()];
         for (number, byte) in raw.iter_mut().take(2 << 20).enumerate().skip(0x600) {
-            *byte = (number / 251) as u8;
+            *byte = number.to_le_bytes()[1];
         }
         let mut put = |at: usize, what: &[u8]| raw[at..at + what.len()].copy_from_slice(what);
         put(0, b"\x7fELF\x02\x01\x01");

@@ -162,7 +162,7 @@ fn an_empty_disk_is_mapped_at_once() {
     let disk = Qed::open_read_only(file(&path), OpenOptions::default()).unwrap();
     let start = Instant::now();
     assert_eq!(disk.extent_at(0).unwrap().len, 1 << 40);
-    assert!(start.elapsed() < Duration::from_millis(500));
+    assert!(start.elapsed() < Duration::from_secs(3));
 }
 
 proptest! {

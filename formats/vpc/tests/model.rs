@@ -105,7 +105,7 @@ fn an_empty_disk_of_a_tebibyte_is_mapped_at_once() {
     let start = Instant::now();
     let extent = disk.extent_at(512).unwrap();
     assert_eq!((extent.kind, extent.len), (ExtentKind::Hole, size - 512));
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use crate::bench::{Bench, Who};
 use crate::client::Client;
-use crate::support::{SHORT, host, installed};
+use crate::support::{SHORT, host, installed, listens};
 use rustix::process::Signal;
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -27,7 +27,7 @@ fn systemd_starts_it_when_a_client_comes() {
         let launcher = "exec systemd-socket-activate -l \"$PWD/s\"";
         let mut server = bench.place.start(bench.behind(launcher, &plain));
         let socket = bench.path("s");
-        server.until("a socket", SHORT, || socket.exists());
+        server.until("a socket", SHORT, || listens(&socket));
         read(&bench);
         // It has become the server, which ends with its last client.
         server.wait(SHORT).ended_with(0);
@@ -72,7 +72,7 @@ fn sockets_of_other_processes_are_left_alone() {
         let command = start(&bench, who, ["1", "1"], "-k @s -t -r -x vda -f raw @d.raw");
         let mut server = bench.place.start(command);
         let socket = bench.path("s");
-        server.until("a socket", SHORT, || socket.exists());
+        server.until("a socket", SHORT, || listens(&socket));
         read(&bench);
         server.signal(Signal::TERM);
         server.wait(SHORT).ended_with(0);

@@ -2,6 +2,7 @@
 //! A folder with disks and sockets, our program under its names, and the real ones.
 
 use crate::support::{self, Finished, Place, Running, SHORT};
+use std::io::Read;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -93,12 +94,13 @@ impl Bench {
             .collect()
     }
 
-    /// Starts a server at the socket `s`, and waits until somebody listens.
+    /// Starts a server at the socket `s`, and waits until it greets: `qemu-nbd` listens long before it
+    /// heeds signals.
     pub(crate) fn start(&self, who: Who, words: &str) -> Running {
         let socket = self.path("s");
         let command = self.server(who, &format!("-k @s {words}"));
         let mut running = self.place.start(command);
-        running.until("a socket", SHORT, || UnixStream::connect(&socket).is_ok());
+        running.until("a greeting", SHORT, || greets(&socket));
         running
     }
 
@@ -149,4 +151,13 @@ fn set_variables(other: &mut Command, command: &Command) {
             None => other.env_remove(name),
         };
     }
+}
+
+/// Whether an NBD server says hello to somebody who leaves then.
+fn greets(socket: &Path) -> bool {
+    let mut magic = [0; 8];
+    UnixStream::connect(socket).is_ok_and(|mut stream| {
+        stream.set_read_timeout(Some(SHORT)).unwrap();
+        stream.read_exact(&mut magic).is_ok() && &magic == b"NBDMAGIC"
+    })
 }

@@ -7,7 +7,7 @@
 
 use crate::bench::{Bench, Who};
 use crate::client::{Client, Reply, header};
-use crate::support::{SHORT, host, installed};
+use crate::support::{SHORT, host, installed, listens};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{Read, Write};
@@ -224,7 +224,7 @@ fn the_disk_is_asked_before_the_client_hears_that_data_are_safe() {
         let traced = bench.behind(strace, &plain);
         let mut server = bench.place.start(traced);
         let socket = bench.path("s");
-        server.until("a socket", SHORT, || socket.exists());
+        server.until("a socket", SHORT, || listens(&socket));
         let mut client = Client::connect(&socket);
         client.go(false);
         write(&mut client, 0, 0, &[1; 4096]);

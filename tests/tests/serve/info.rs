@@ -2,7 +2,7 @@
 //! `tranship nbd info` and the link `nbdinfo`, beside the real ones, on both servers.
 
 use crate::bench::{Bench, Who};
-use crate::support::{SHORT, host};
+use crate::support::{SHORT, host, listens};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::process::Command;
@@ -216,7 +216,7 @@ fn uris_lead_to_the_exports_that_nbdinfo_finds() {
     }
     let mut server = bench.place.start(command);
     let path = bench.path("s");
-    server.until("a socket", SHORT, || path.exists());
+    server.until("a socket", SHORT, || listens(&path));
     let socket = bench.text("s");
     for uri in [
         "nbd+unix://?socket=S",

@@ -310,6 +310,19 @@ pub(crate) fn has_event(path: &Path, name: &str) -> bool {
     fs::read_to_string(path).is_ok_and(|text| text.contains(&wanted))
 }
 
+/// Whether somebody listens at the Unix socket: there is a moment in which it is there alone. Nobody
+/// is connected to for it.
+pub(crate) fn listens(path: &Path) -> bool {
+    const ACCEPTS: u32 = 1 << 16;
+    let Some(path) = path.to_str() else { return false };
+    let sockets = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    sockets.lines().filter(|line| line.ends_with(path)).any(|line| {
+        let flags =
+            line.split_whitespace().nth(3).and_then(|word| u32::from_str_radix(word, 16).ok());
+        flags.is_some_and(|flags| flags & ACCEPTS != 0)
+    })
+}
+
 /// Reads a journal of a conversion; there is a moment in which there is none.
 pub(crate) fn journal(path: &Path) -> Option<serde_json::Value> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()

@@ -166,7 +166,9 @@ fn a_call_may_take_long_if_the_agent_says_that_it_is_there() {
         }
         Frame::encode(id, &Reply::Bytes(1)).unwrap().write_to(&mut control).unwrap();
     });
-    session.watch(SHORT, Arc::new(Solid)).unwrap();
+    // A busy host may take its time.
+    let patience = Patience { answer: Duration::from_secs(20), ..SHORT };
+    session.watch(patience, Arc::new(Solid)).unwrap();
     assert_eq!(session.call(&Call::Sync).unwrap(), Reply::Bytes(1));
     thread.join().unwrap();
 }

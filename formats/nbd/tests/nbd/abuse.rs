@@ -220,11 +220,11 @@ fn endless_work_ends_with_the_client_or_the_server() {
     drop(zeroes(&place));
     let started = Instant::now();
     settles(&place, 0);
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
     let mut client = zeroes(&place);
     let started = Instant::now();
     place.running.stop().unwrap();
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
     // The client hears that it was the server.
     let Reply::Chunk { done: true, payload, .. } = client.reply() else { panic!("no chunk") };
     assert_eq!(payload[..4], 108u32.to_be_bytes());

@@ -123,7 +123,7 @@ fn a_server_that_stays_away_or_comes_back_as_another_is_given_up() {
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.message().contains("within 1 s"), "{error}");
     let waited = start.elapsed();
-    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(5), "{waited:?}");
+    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(15), "{waited:?}");
 
     server.start_again();
     let remote = server.connect(&ClientOptions { connections: 1, ..patient(20) });
