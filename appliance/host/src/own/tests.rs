@@ -115,7 +115,7 @@ fn a_monitor_that_never_stops_answering_is_not_listened_to() {
             break;
         }
     }
-    // One answer may have been taken for that of a question.
-    let outcomes = [(); 3].map(|()| machine.remove_disk(SERIAL).is_ok());
-    assert!(!outcomes[2], "{outcomes:?}");
+    // Some may be taken for answers to questions, as long as no two of them come between two
+    // questions.
+    assert!((0..50).any(|_| machine.remove_disk(SERIAL).is_err()));
 }
