@@ -100,7 +100,7 @@ impl Dialer {
             let mut bytes = vec![0; MOST];
             let (count, socket) = receive(&line.socket, &mut bytes).map_err(failed)?;
             let answer = bytes.get(..count).unwrap_or_default();
-            let (number, text) = answer.split_at(NUMBER.min(count));
+            let (number, text) = answer.split_at(NUMBER.min(answer.len()));
             if count == 0 {
                 return Err(busy("the process that would do it is gone"));
             }
